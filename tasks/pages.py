@@ -13,7 +13,8 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal
 
@@ -126,16 +127,19 @@ def svg(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def chart(columns: int = 1, width: float = 9.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """An empty figure of `columns` axes side by side in the house style; sizes in inches. No global state."""
+@contextmanager
+def chart(columns: int = 1, width: float = 9.0, height: float = 3.2) -> Iterator[tuple[Figure, list[Axes]]]:
+    """`with chart(2) as (fig, (left, right)):` gives empty axes side by side, the house style holding inside the block.
+
+    Sizes are in inches.
+    """
     from cycler import cycler
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**_CHART_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
         fig = Figure(figsize=(width, height))
-        axes = fig.subplots(1, columns, squeeze=False)
-    return fig, list(axes[0])
+        yield fig, list(fig.subplots(1, columns, squeeze=False)[0])
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
