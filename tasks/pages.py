@@ -129,9 +129,9 @@ def svg(fig: Figure) -> bytes:
 
 @contextmanager
 def chart(columns: int = 1, width: float = 9.0, height: float = 3.2) -> Iterator[tuple[Figure, list[Axes]]]:
-    """`with chart(2) as (fig, (left, right)):` gives empty axes side by side, the house style holding inside the block.
+    """Empty axes side by side, to be drawn on inside the block, where the house style holds.
 
-    Sizes are in inches.
+    Sizes are in inches: `with chart(columns=2) as (fig, (left, right)): ...`
     """
     from cycler import cycler
     from matplotlib import rc_context
