@@ -1,0 +1,113 @@
+"""The losses of PPO and of preference learning.
+
+Shapes: B batch, R response position. Masks as in `masking`. Every loss is a sum over counted tokens divided by
+`denominator`: pass the minibatch's number of counted tokens, and the losses of its micro-batches add up to its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ppo_core.kl import kl_estimate
+from ppo_core.masking import counted, masked_mean
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """`loss` carries the gradient; the rest are detached means over the tokens that count."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+    """Tokens where the clipped branch is the larger loss."""
+    approx_kl: Tensor
+    """KL(old || new), k3."""
+    ratio: Tensor
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """`loss` carries the gradient; `clip_fraction` as in `PolicyLoss`."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    dual_clip: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> PolicyLoss:
+    """Clipped surrogate, max(-A r, -A clip(r, 1 - eps, 1 + eps)) with r = exp(logprobs - old_logprobs).
+
+    Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347), as a loss. `dual_clip` c > 1 bounds it by -A c where
+    A < 0 (Ye et al. 2020, equation 5, https://arxiv.org/abs/1912.09729). All inputs [B, R].
+    """
+    log_ratio = counted(logprobs - old_logprobs, mask)
+    ratio = log_ratio.exp()
+    advantages = counted(advantages, mask)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    with torch.no_grad():
+        clip_fraction = masked_mean((clipped > plain).to(loss.dtype), mask)
+        approx_kl = masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask)
+        mean_ratio = masked_mean(ratio, mask)
+    return PolicyLoss(_mean(loss, mask, denominator), clip_fraction, approx_kl, mean_ratio)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> ValueLoss:
+    """Half the squared error, the larger of the value's own and that of the value clipped to old +- clip_range.
+
+    All inputs [B, R]. The clipping follows the reference implementation of PPO (openai/baselines, ppo2).
+    """
+    values, old_values, returns = (counted(x, mask) for x in (values, old_values, returns))
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    with torch.no_grad():
+        clip_fraction = masked_mean((clipped > plain).to(plain.dtype), mask)
+    return ValueLoss(_mean(0.5 * torch.maximum(plain, clipped), mask, denominator), clip_fraction)
+
+
+def preference_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None, target: Tensor | None = None
+) -> Tensor:
+    """Bradley-Terry cross-entropy, the mean of -(t log s(x) + (1 - t) log s(-x)), s the logistic function.
+
+    x = chosen - rejected - margin, all [B]. `target` t is the probability that people prefer the chosen one (1 if not given).
+    Christiano et al. 2017, equation 1 (https://arxiv.org/abs/1706.03741); the margin as in Touvron et al. 2023, equation 2
+    (https://arxiv.org/abs/2307.09288).
+    """
+    x = chosen_scores - rejected_scores
+    if margin is not None:
+        x = x - margin
+    if target is None:
+        return -logsigmoid(x).mean()
+    return -(target * logsigmoid(x) + (1 - target) * logsigmoid(-x)).mean()
+
+
+def ppo_objective(policy: Tensor, value: Tensor, entropy: Tensor, value_coef: float, entropy_coef: float) -> Tensor:
+    """L = L_policy + c1 L_value - c2 H, to be minimised (Schulman et al. 2017, equation 9, negated)."""
+    return policy + value_coef * value - entropy_coef * entropy
+
+
+def _mean(loss: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1)
+    return counted(loss, mask).sum() / denominator

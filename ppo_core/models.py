@@ -1,0 +1,123 @@
+"""Policy, reference and critic, and the weights that PPO trains.
+
+Shapes: B batch, T position, R response, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_core.config import ModelConfig
+from ppo_core.decoder import Stack, clone, depth, join, split
+from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
+from ppo_core.types import Sequences
+
+
+class ValueHead(nn.Module):
+    """Linear read-out [.., D] -> [..] in float32. Zero at first: no reward is predicted before any was seen."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden.float()).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class TokenEvaluation:
+    """What the networks say of each response token, all [B, R] float32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class ActorCritic(nn.Module):
+    """Policy, frozen reference and critic of one causal LM, over one trunk where only the top is trained."""
+
+    trunk: Stack | None
+
+    def __init__(self, model: Any, config: ModelConfig, critic_top: Stack | None = None) -> None:
+        """`model` becomes the reference and is never changed. A separate critic starts from `critic_top`, or the policy."""
+        super().__init__()
+        self.config = config
+        self.reference_model = model
+        self.reference_head = model.get_output_embeddings()
+        if config.trainable == "top_layers":
+            self.trunk, self.reference = split(model, config.top_layers)
+            self.policy, self.policy_head = clone(self.reference), self.reference_head
+        else:
+            policy = copy.deepcopy(model)
+            self.trunk, self.reference = None, Stack(model.get_decoder())
+            self.policy, self.policy_head = Stack(policy.get_decoder()), policy.get_output_embeddings()
+        self.critic = clone(critic_top or self.reference) if config.critic == "separate" else None
+        self.value_head = ValueHead(model.config.get_text_config().hidden_size)
+        self.sampler = join(self.trunk, self.policy)
+
+    def policy_weights(self) -> dict[str, nn.Parameter]:
+        """The policy's trained parameters under their transformers names."""
+        if self.config.trainable == "full":
+            own = _prefixed(self.policy.decoder, _decoder_name(self.reference_model))
+            tied = {id(p) for p in own.values()}
+            head = _prefixed(self.policy_head, _name_of(self.reference_model, self.reference_head))
+            return own | {name: p for name, p in head.items() if id(p) not in tied}
+        prefix = _decoder_name(self.reference_model)
+        cut = depth(self.reference_model) - self.config.top_layers
+        decoder: Any = self.policy.decoder
+        weights = _prefixed(decoder.norm, f"{prefix}.norm")
+        for i, layer in enumerate(decoder.layers):
+            weights |= _prefixed(layer, f"{prefix}.layers.{cut + i}")
+        return weights
+
+    def critic_weights(self) -> list[nn.Parameter]:
+        """The critic's own parameters: its layers if it has any, and the value head."""
+        if self.critic is None:
+            return list(self.value_head.parameters())
+        decoder: Any = self.critic.decoder
+        layers = [decoder.layers, decoder.norm] if self.trunk else [decoder]
+        return [p for part in layers for p in part.parameters()] + list(self.value_head.parameters())
+
+    @torch.no_grad()
+    def activations(self, sequences: Sequences) -> Tensor:
+        """What every top starts from: trunk output [B, T, D], or the token ids [B, T] where there is no trunk."""
+        return sequences.tokens if self.trunk is None else self.trunk(sequences.tokens, sequences.attention)
+
+    def evaluate(self, activations: Tensor, sequences: Sequences, temperature: float) -> TokenEvaluation:
+        """Log-probabilities, entropies and values of the response tokens under policy and critic."""
+        hidden = _before_responses(self.policy, activations, sequences)
+        logits = self.policy_head(hidden)
+        of_critic = hidden if self.critic is None else _before_responses(self.critic, activations, sequences)
+        logprobs, entropy = logprobs_and_entropy(logits, sequences.responses, temperature)
+        return TokenEvaluation(logprobs, entropy, self.value_head(of_critic))
+
+    @torch.no_grad()
+    def reference_logprobs(self, activations: Tensor, sequences: Sequences, temperature: float) -> Tensor:
+        """Log-probabilities [B, R] of the response tokens under the reference."""
+        hidden = _before_responses(self.reference, activations, sequences)
+        return token_logprobs(self.reference_head(hidden), sequences.responses, temperature)
+
+
+def _before_responses(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:
+    """Hidden states [B, R, D] of the positions before each response token: those that predict and value it."""
+    hidden: Tensor = stack(activations, sequences.attention)
+    return hidden[:, sequences.prompt_length - 1 : -1]
+
+
+def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    return {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+
+
+def _name_of(model: Any, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _decoder_name(model: Any) -> str:
+    return _name_of(model, model.get_decoder())

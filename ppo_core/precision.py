@@ -1,0 +1,46 @@
+"""Low-precision arithmetic with float32 masters: forward and backward in bfloat16, the optimiser in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterWeights:
+    """Float32 copies of trained parameters, which collect gradients and are what the optimiser moves.
+
+    Where a parameter is float32 already it is its own master.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.working = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.working]
+
+    def collect(self) -> None:
+        """Add the gradients of a micro-batch to the masters', in float32, and clear them."""
+        for parameter, master in zip(self.working, self.masters, strict=True):
+            if parameter is master or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def publish(self) -> None:
+        """Round the masters into the parameters that compute."""
+        with torch.no_grad():
+            for parameter, master in zip(self.working, self.masters, strict=True):
+                if parameter is not master:
+                    parameter.copy_(master)
+
+    def state(self) -> list[Tensor]:
+        return [master.detach() for master in self.masters]
+
+    def load(self, tensors: list[Tensor]) -> None:
+        with torch.no_grad():
+            for master, tensor in zip(self.masters, tensors, strict=True):
+                master.copy_(tensor)
+        self.publish()
