@@ -22,9 +22,7 @@ from ppo_core.errors import IntegrityError
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(
-    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], plain: Mapping[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], plain: Mapping[str, Any]) -> None:
     """Write `tensors` (file name -> tensors) and `plain` (file name -> JSON value) as the checkpoint `folder`.
 
     A checkpoint that exists is never touched: FileExistsError.
@@ -57,7 +55,9 @@ def verify_checkpoint(folder: Path) -> None:
         found = sha256(path) if path.is_file() else "no file"
         if found != expected:
             raise IntegrityError(
-                f"SHA-256 is {found}, was {expected} when written", str(path), f"delete {folder} to use the one before it"
+                f"SHA-256 is {found}, was {expected} when written",
+                str(path),
+                f"delete {folder} to use the one before it",
             )
 
 

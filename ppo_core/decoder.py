@@ -68,9 +68,10 @@ class Stack(nn.Module):
         return out.last_hidden_state
 
 
-def depth(model: Any) -> int:
-    """Number of layers of a causal LM."""
-    return len(_layers(model))
+def depth_of(stack: Stack) -> int:
+    """Number of layers of a stack."""
+    decoder: Any = stack.decoder
+    return len(decoder.layers)
 
 
 def split(model: Any, top_layers: int) -> tuple[Stack | None, Stack]:
@@ -87,7 +88,9 @@ def split(model: Any, top_layers: int) -> tuple[Stack | None, Stack]:
         )
     cut = len(layers) - top_layers
     decoder = model.get_decoder()
-    return Stack(_with(decoder, layers[:cut], nn.Identity())), Stack(_with(decoder, layers[cut:], decoder.norm))
+    trunk, top = _with(decoder, layers[:cut], nn.Identity()), _with(decoder, layers[cut:], decoder.norm)
+    top.embed_tokens = None  # a top starts from hidden states; its state is its layers and norm
+    return Stack(trunk), Stack(top)
 
 
 def join(trunk: Stack | None, top: Stack) -> nn.Module:
@@ -98,11 +101,8 @@ def join(trunk: Stack | None, top: Stack) -> nn.Module:
 
 
 def clone(stack: Stack) -> Stack:
-    """A stack with weights of its own. Embeddings, which a top over a trunk never reads, stay shared."""
-    if not hasattr(stack.decoder, "layers"):
-        return copy.deepcopy(stack)
-    decoder = stack.decoder
-    return Stack(_with(decoder, copy.deepcopy(decoder.layers), copy.deepcopy(decoder.norm)))
+    """A stack with weights of its own."""
+    return copy.deepcopy(stack)
 
 
 def _layers(model: Any) -> nn.ModuleList:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_core.config import ModelConfig
-from ppo_core.decoder import Stack, clone, depth, join, split
+from ppo_core.decoder import Stack, clone, depth_of, join, split
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.types import Sequences
 
@@ -70,7 +70,7 @@ class ActorCritic(nn.Module):
             head = _prefixed(self.policy_head, _name_of(self.reference_model, self.reference_head))
             return own | {name: p for name, p in head.items() if id(p) not in tied}
         prefix = _decoder_name(self.reference_model)
-        cut = depth(self.reference_model) - self.config.top_layers
+        cut = depth_of(self.trunk) if self.trunk else 0
         decoder: Any = self.policy.decoder
         weights = _prefixed(decoder.norm, f"{prefix}.norm")
         for i, layer in enumerate(decoder.layers):
@@ -79,11 +79,8 @@ class ActorCritic(nn.Module):
 
     def critic_weights(self) -> list[nn.Parameter]:
         """The critic's own parameters: its layers if it has any, and the value head."""
-        if self.critic is None:
-            return list(self.value_head.parameters())
-        decoder: Any = self.critic.decoder
-        layers = [decoder.layers, decoder.norm] if self.trunk else [decoder]
-        return [p for part in layers for p in part.parameters()] + list(self.value_head.parameters())
+        layers = [] if self.critic is None else list(self.critic.parameters())
+        return layers + list(self.value_head.parameters())
 
     @torch.no_grad()
     def activations(self, sequences: Sequences) -> Tensor:

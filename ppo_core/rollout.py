@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_core.config import SamplingConfig
+from ppo_core.decoder import depth_of
 from ppo_core.models import ActorCritic
 from ppo_core.sampling import sample
 from ppo_core.scorers import RewardModel
@@ -24,12 +25,16 @@ class RewardFunction(Protocol):
 class ModelReward:
     """The reward model's normalised score, read at the last token of the text (EOS is no text)."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel, policy: ActorCritic) -> None:
         self.model = model
+        self.shares_trunk = policy.trunk is not None and depth_of(policy.trunk) == depth_of(model.trunk)
 
     @torch.no_grad()
     def __call__(self, samples: Samples, activations: Tensor) -> Tensor:
-        return self.model.head.normalise(self.model.read(activations, text_attention(samples)))
+        attention = text_attention(samples)
+        if not self.shares_trunk:
+            activations = self.model.trunk(samples.sequences.tokens, attention)
+        return self.model.head.normalise(self.model.read(activations, attention))
 
 
 def text_attention(samples: Samples) -> Tensor:

@@ -70,14 +70,17 @@ class RewardModel(nn.Module):
         self._trunk = (trunk,)
         self.top, self.head, self.pad = top, ScoreHead(width), pad
 
+    @property
+    def trunk(self) -> Stack:
+        return self._trunk[0]
+
     def trained(self) -> list[nn.Parameter]:
-        decoder: Any = self.top.decoder
-        return [*decoder.layers.parameters(), *decoder.norm.parameters(), *self.head.parameters()]
+        return list(self.parameters())
 
     def raw(self, texts: Sequence[Sequence[int]]) -> Tensor:
         tokens, attention = pad_right(texts, self.pad)
         with torch.no_grad():
-            activations = self._trunk[0](tokens, attention)
+            activations = self.trunk(tokens, attention)
         return self.read(activations, attention)
 
     def read(self, activations: Tensor, attention: Tensor) -> Tensor:

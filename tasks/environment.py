@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 _DEFAULTS = {
     # No tool reports home.
@@ -24,3 +26,13 @@ def prepare() -> None:
     """Set what is not set already: the user's own environment wins."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them to the kernel: the page faults of each new tensor of logits
+    cost more than the arithmetic on it (measured: float conversion 7 times, softmax 3 times faster)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -124,6 +124,8 @@ class PreferenceTraining(Section):
 
 
 class RewardModelParams(Section):
+    top_layers: Count = 6
+    """Layers of the reward model's own, above the policy's frozen trunk; as many as `ppo.model.top_layers` share its pass."""
     reward: PreferenceTraining = PreferenceTraining()
     """The model that PPO maximises, on the policy's own trunk."""
     judge: PreferenceTraining = PreferenceTraining()

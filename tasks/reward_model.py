@@ -1,0 +1,146 @@
+"""Stage 3: the reward model that PPO maximises, and the judge that checks it, on disjoint texts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ppo_core.preferences import Pairs, fit
+from ppo_core.scorers import TextScorer, score_texts
+from ppo_core.seeds import derive
+from tasks import preference_models as models
+from tasks.errors import TrainingHealthError
+from tasks.params import Params, PreferenceTraining
+from tasks.reward_report import write_report
+from tasks.stages import StageResult
+from tasks.statistics import accuracy_interval, by_margin, expected_calibration_error, rater_ceiling
+from tasks.workspace import Workspace
+
+MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0)
+
+
+def run(params: Params, workspace: Workspace) -> StageResult:
+    """Train both, measure them on texts held out from each, and fail under the accuracy that params ask for."""
+    pairs = pd.read_parquet(workspace.pairs)
+    metrics = {
+        "reward": _train_reward_model(params, workspace, pairs),
+        "judge": _train_judge(params, workspace, pairs),
+    }
+    write_report(metrics, workspace)
+    _check(metrics, params)
+    reward, judge = metrics["reward"], metrics["judge"]
+    return StageResult(
+        metrics,
+        f"held-out accuracy at a rating gap of {params.reward_model.accuracy_gap:g} or more: "
+        f"reward model {reward['accuracy']:.3f}, judge {judge['accuracy']:.3f}",
+    )
+
+
+def _train_reward_model(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> dict[str, Any]:
+    training = params.reward_model.reward
+    tokenizer = models.load_tokenizer(workspace.base_model)
+    base = models.load_base(workspace, params.ppo.model.dtype)
+    scorer = models.new_reward_model(base, params.reward_model.top_layers)
+    metrics = _train(
+        "reward",
+        scorer,
+        pairs,
+        lambda *text: models.reward_tokens(tokenizer, *text, training.max_tokens),
+        params,
+        training,
+    )
+    shutil.rmtree(workspace.reward_model, ignore_errors=True)
+    models.save_scorer(scorer, workspace.reward_model, {"top_layers": params.reward_model.top_layers})
+    return metrics
+
+
+def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> dict[str, Any]:
+    training = params.reward_model.judge
+    tokenizer = models.load_tokenizer(workspace.judge_base)
+    scorer = models.new_judge(workspace.judge_base)
+    metrics = _train(
+        "judge",
+        scorer,
+        pairs,
+        lambda *text: models.judge_tokens(tokenizer, models.judge_text(*text), training.max_tokens),
+        params,
+        training,
+    )
+    shutil.rmtree(workspace.judge, ignore_errors=True)
+    models.save_scorer(scorer, workspace.judge, {"max_tokens": training.max_tokens})
+    return metrics
+
+
+def _train(
+    role: str,
+    scorer: TextScorer,
+    pairs: pd.DataFrame,
+    encode: Callable[[str, str, str], list[int]],
+    params: Params,
+    training: PreferenceTraining,
+) -> dict[str, Any]:
+    """Fit on the role's training pairs, calibrate the scale and measure on its held-out ones."""
+    train = models.tokenise_pairs(pairs[pairs.split == f"{role}_train"], encode)
+    held_out_rows = pairs[pairs.split == f"{role}_eval"]
+    held_out = models.tokenise_pairs(held_out_rows, encode)
+    with tqdm(total=training.steps, desc=f"training the {role} model", unit="step", disable=None) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        fit(
+            scorer,
+            train,
+            steps=training.steps,
+            batch_pairs=training.batch_pairs,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            seed=derive(params.seed, role),
+            on_step=on_step,
+        )
+    raw = score_texts(scorer, held_out.texts)
+    scorer.head.calibrate(raw)
+    return _measure(raw.double().numpy(), held_out, held_out_rows, params.reward_model.accuracy_gap)
+
+
+def _measure(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> dict[str, Any]:
+    """Held-out figures from raw scores [texts], whose differences are the log-odds of the Bradley-Terry model."""
+    difference = raw[pairs.chosen] - raw[pairs.rejected]
+    correct = np.where(difference == 0, 0.5, difference > 0)
+    margin, target = rows["margin"].to_numpy(), rows["target"].to_numpy()
+    wide = margin >= gap
+    accuracy, every = accuracy_interval(correct[wide]), accuracy_interval(correct)
+    ece, bins = expected_calibration_error(1 / (1 + np.exp(-difference)), target)
+    longer = np.sign(rows["chosen_tokens"].to_numpy() - rows["rejected_tokens"].to_numpy())
+    return {
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "n": accuracy.n,
+        "accuracy_all": every.value,
+        "accuracy_all_low": every.low,
+        "accuracy_all_high": every.high,
+        "n_all": every.n,
+        "ece": ece,
+        "rater_ceiling": rater_ceiling(target),
+        "longer_wins": float(((longer + 1) / 2).mean()),
+        "by_margin": by_margin(correct, margin, MARGIN_EDGES),
+        "calibration": bins,
+    }
+
+
+def _check(metrics: dict[str, Any], params: Params) -> None:
+    floor = params.reward_model.min_accuracy
+    for role, figures in metrics.items():
+        if figures["accuracy"] < floor:
+            raise TrainingHealthError(
+                f"the {role} model is right on {figures['accuracy']:.3f} of held-out pairs, under {floor}",
+                "reward_model.min_accuracy",
+                f"give it more pairs or more reward_model.{role}.steps; what it did is in reports/reward_model",
+            )
