@@ -65,7 +65,7 @@ def collect(
     """
     samples = sample(model.sampler, model.policy_head, prompts, sampling, seeds, eos, pad)
     parts = [
-        score(model, reward, _rows(samples, slice(start, start + micro_batch)), sampling.temperature)
+        score(model, reward, samples.rows(slice(start, start + micro_batch)), sampling.temperature)
         for start in range(0, len(prompts), micro_batch)
     ]
     return concatenate(parts)
@@ -98,7 +98,3 @@ def concatenate(parts: Sequence[Rollout]) -> Rollout:
         parts[0].sequences.prompt_length,
     )
     return Rollout(sequences, **{name: torch.cat([getattr(p, name) for p in parts]) for name in tensors})
-
-
-def _rows(samples: Samples, index: slice) -> Samples:
-    return Samples(samples.sequences.rows(index), samples.logprobs[index], samples.ended[index])

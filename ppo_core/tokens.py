@@ -21,8 +21,8 @@ _PLACES = re.compile("\ue000([0-9]+)\ue001")
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, format: str) -> list[int]:
     """Token ids of a prompt, at least one.
 
-    `format` "text": the plain text behind the beginning-of-sequence token, if the tokenizer has one. "chat": a JSON array
-    of {"role", "content"} in the model's own template, ready for the assistant's reply.
+    `format` "text": the plain text behind the beginning-of-sequence token, if the tokenizer has one.
+    "chat": a JSON array of {"role", "content"} in the model's own template, ready for the assistant's reply.
     Raises ValueError for a conversation that the template refuses.
     """
     if format == "chat":

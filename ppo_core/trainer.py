@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ppo_core.advantages import gae
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import describe
+from ppo_core.health import Health
 from ppo_core.kl import AdaptiveKL, FixedKL
 from ppo_core.masking import masked_whiten
 from ppo_core.models import ActorCritic
@@ -41,6 +43,7 @@ class Trainer:
         self.optimiser = Optimiser(model, config)
         kl = config.reward
         self.kl = FixedKL(kl.kl_coef) if kl.kl_target is None else AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon)
+        self.health = Health()
         self.iteration = 0
 
     def step(self) -> dict[str, float]:
@@ -50,6 +53,7 @@ class Trainer:
         sampled = time.perf_counter()
         experience = self.estimate(rollout)
         stats = describe(experience, self.kl.coef)
+        self.health.check(stats, self.config.rollout_size, f"iteration {self.iteration}")
         stats |= self.optimiser.update(experience, self.seed, self.iteration)
         self.kl.update(stats["kl"], len(rollout.scores))
         self.iteration += 1
@@ -95,14 +99,14 @@ class Trainer:
         order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", epoch))
         return self.prompts[int(order[offset])]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a later process needs to go on: tensors, and plain values for JSON."""
         tensors = {f"master.{i}": t for i, t in enumerate(self.optimiser.weights.state())}
         for i, slots in self.optimiser.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in slots.items()}
-        return tensors, {"iteration": self.iteration, "kl": self.kl.state_dict()}
+        return tensors, {"iteration": self.iteration, "kl": self.kl.state_dict(), "health": self.health.last}
 
-    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, object]) -> None:
+    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """The inverse of `state`."""
         masters = self.optimiser.weights.masters
         self.optimiser.weights.load([tensors[f"master.{i}"] for i in range(len(masters))])
@@ -113,5 +117,6 @@ class Trainer:
                 slots.setdefault(int(index), {})[name[0]] = tensor
         adam = self.optimiser.adam
         adam.load_state_dict({"state": slots, "param_groups": adam.state_dict()["param_groups"]})
-        self.iteration = int(plain["iteration"])  # type: ignore[call-overload]
-        self.kl.load_state_dict(plain["kl"])  # type: ignore[arg-type]
+        self.iteration = plain["iteration"]
+        self.kl.load_state_dict(plain["kl"])
+        self.health.last = plain["health"]

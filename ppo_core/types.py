@@ -46,6 +46,9 @@ class Samples:
     ended: Tensor
     """[B] bool, True where the response ended by EOS and was not cut."""
 
+    def rows(self, index: Tensor | slice) -> Samples:
+        return Samples(self.sequences.rows(index), self.logprobs[index], self.ended[index])
+
 
 @dataclass(frozen=True)
 class Rollout:

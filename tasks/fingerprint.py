@@ -1,0 +1,56 @@
+"""Which run this is: a digest of everything that decides its course."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppo_core.checkpoint import sha256
+from tasks.params import Params, dump_params
+from tasks.workspace import Workspace
+
+WHEN_TO_STOP = ("cycles", "target", "kl_budget")
+"""Parameters of the ppo section that decide where a run ends, not where it goes: changing them continues it."""
+CODE = ("ppo_core", "tasks/ppo.py", "tasks/responses.py", "tasks/preference_models.py", "tasks/statistics.py")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+def fingerprint(params: Params, workspace: Workspace) -> str:
+    """16 hex digits over parameters, inputs and code of the ppo stage."""
+    plain = dump_params(params)
+    ppo = {key: value for key, value in plain["ppo"].items() if key not in WHEN_TO_STOP}
+    inputs = [
+        workspace.prompts,
+        *sorted(workspace.base_model.rglob("*")),
+        *sorted(workspace.reward_model.rglob("*")),
+        *sorted(workspace.judge_base.rglob("*")),
+        *sorted(workspace.judge.rglob("*")),
+    ]
+    facts = {
+        "seed": params.seed,
+        "ppo": ppo,
+        "inputs": {str(path.relative_to(workspace.root)): sha256(path) for path in inputs if path.is_file()},
+        "code": {name: sha256(path) for name, path in _code_files().items()},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """What must be the same for a continuation to equal the uninterrupted run."""
+    return {
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _code_files() -> dict[str, Path]:
+    """The code that runs, which is the checkout's own (a worktree is made from it)."""
+    root = Path(__file__).resolve().parents[1]
+    files = [file for name in CODE for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
+    return {str(file.relative_to(root)): file for file in sorted(files)}

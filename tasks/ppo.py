@@ -1,0 +1,235 @@
+"""Stage 4: PPO in cycles, each checkpointed and recorded before the next begins.
+
+State lies in `work/ppo/<fingerprint>/`: `cycle_NNN` (the policy's trained weights and the cycle's record; all are kept) and
+`state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when its folder is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ppo_core.checkpoint import load_plain, load_tensors, save_checkpoint, verify_checkpoint
+from ppo_core.models import ActorCritic
+from ppo_core.rollout import ModelReward
+from ppo_core.tokens import encode_prompt
+from ppo_core.trainer import Trainer
+from tasks.errors import ConfigError, ResumeMismatch, TrainingHealthError
+from tasks.fingerprint import environment, fingerprint
+from tasks.params import Params
+from tasks.preference_models import load_base, load_reward_model, load_tokenizer
+from tasks.responses import Examiner
+from tasks.stages import StageResult
+from tasks.statistics import compare
+from tasks.tracking import Tracker
+from tasks.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""One finished cycle: `cycle`, `dev/...` on the dev prompts, `train/...` mean diagnostics, `time/...` seconds."""
+
+WEIGHTS = "policy.safetensors"
+GO_ON = "PROXIMAL_ACCEPT_ENVIRONMENT"
+
+
+def run(params: Params, workspace: Workspace) -> StageResult:
+    """All cycles, one after another."""
+    with open_run(params, workspace) as ppo:
+        while ppo.stopped is None:
+            ppo.next_cycle()
+        return ppo.finish()
+
+
+def open_run(params: Params, workspace: Workspace) -> PPORun:
+    """The run that `params` and the inputs describe: new, or where it was left."""
+    return PPORun(params, workspace)
+
+
+class PPORun:
+    """One alignment run. A context manager: it holds the MLflow run open."""
+
+    def __init__(self, params: Params, workspace: Workspace) -> None:
+        self.params, self.workspace = params, workspace
+        self.fingerprint = fingerprint(params, workspace)
+        self.folder = workspace.work / "ppo" / self.fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_environment()
+        self.records: list[Record] = self._finished_cycles()
+        self.tracker = Tracker.open(workspace, self.fingerprint, params)
+        self._trainer: Trainer | None = None
+
+    def __enter__(self) -> Self:
+        # A killed process may have finished a cycle and not told MLflow; recording twice changes nothing.
+        for record in self.records:
+            self.tracker.log_cycle(record, self._cycle_folder(record["cycle"]) / WEIGHTS)
+        if self.records:
+            log.info("continuing %s after cycle %d", self.fingerprint, len(self.records))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.tracker.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    @property
+    def stopped(self) -> str | None:
+        """Why no further cycle follows: `target`, `kl_budget` or `cycles`; None while one does."""
+        ppo = self.params.ppo
+        records = self.records[: ppo.cycles]
+        if records and records[-1]["dev/kl"] > ppo.kl_budget:
+            return "kl_budget"
+        if (target := ppo.target) is not None:
+            last = [r[f"dev/{target.metric}"] for r in records[-target.patience :]]
+            if len(last) == target.patience and min(last) >= target.threshold:
+                return "target"
+        return "cycles" if len(records) == ppo.cycles else None
+
+    def next_cycle(self) -> Record:
+        """Train for one cycle, ask the dev prompts, checkpoint, record."""
+        trainer, cycle = self._ready(), len(self.records) + 1
+        started = time.perf_counter()
+        steps = tqdm(range(self.params.ppo.iterations), desc=f"cycle {cycle}", unit="iteration", disable=None)
+        stats = pd.DataFrame([trainer.step() for _ in steps]).mean()
+        trained = time.perf_counter()
+        figures = compare(self.examiner.ask(trainer.model, "dev"), self.before)
+        record: Record = {"cycle": cycle, "reward/kl_coef": trainer.kl.coef}
+        record |= {f"dev/{name}": value for name, value in figures.items()}
+        record |= {f"{'time' if name.endswith('_s') else 'train'}/{name}": float(v) for name, v in stats.items()}
+        record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
+        self._save(trainer, record)
+        self.records.append(record)
+        self.tracker.log_cycle(record, self._cycle_folder(cycle) / WEIGHTS)
+        log.info(
+            "cycle %d: judge win rate %.3f, reward %+.2f sd, judge %+.2f sd, KL %.1f nats (%.0f s)",
+            cycle,
+            *(record[f"dev/{name}"] for name in ("judge_win_rate", "reward_gain", "judge_gain", "kl")),
+            time.perf_counter() - started,
+        )
+        return record
+
+    def finish(self) -> StageResult:
+        """Take the last cycle within the KL budget as the result."""
+        records = self.records[: self.params.ppo.cycles]
+        within = [r for r in records if r["dev/kl"] <= self.params.ppo.kl_budget]
+        if not within:
+            raise TrainingHealthError(
+                f"no cycle stayed within the KL budget of {self.params.ppo.kl_budget} nats",
+                "ppo.kl_budget",
+                "raise ppo.reward.kl_coef or lower ppo.update.learning_rate",
+            )
+        result = within[-1]
+        self._write_policy(self._cycle_folder(result["cycle"]) / WEIGHTS)
+        self._write_curves(records)
+        figures = {name.removeprefix("dev/"): v for name, v in result.items() if name.startswith("dev/")}
+        metrics = {
+            "mlflow_run_id": self.tracker.run_id,
+            "fingerprint": self.fingerprint,
+            "cycles": len(records),
+            "stopped_by": self.stopped,
+            "result_cycle": result["cycle"],
+            **figures,
+        }
+        self.tracker.log_stage("ppo", {"result_cycle": result["cycle"], **figures}, None)
+        return StageResult(
+            metrics,
+            f"{len(records)} cycles, stopped by {self.stopped}; cycle {result['cycle']} is the result: "
+            f"judge win rate {figures['judge_win_rate']:.3f} at KL {figures['kl']:.1f} on dev prompts",
+        )
+
+    def _ready(self) -> Trainer:
+        """The trainer, loaded when first needed and brought to the last finished cycle."""
+        if self._trainer is None:
+            params, workspace = self.params, self.workspace
+            base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
+            reward_model = load_reward_model(workspace, base)
+            model = ActorCritic(base, params.ppo.model, critic_top=reward_model.top)
+            reward = ModelReward(reward_model, model)
+            self.examiner = Examiner(params, workspace, reward, tokenizer)
+            # Asked before any state is loaded, the policy is the reference.
+            self.before = self.examiner.ask(model, "dev")
+            self._trainer = Trainer(
+                model,
+                reward,
+                _training_prompts(workspace, tokenizer),
+                params.ppo,
+                seed=params.seed,
+                eos=tokenizer.eos_token_id,
+                pad=tokenizer.pad_token_id,
+            )
+            if self.records:
+                state = self.folder / f"state_{len(self.records):03d}"
+                verify_checkpoint(state)
+                self._trainer.load_state(load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json"))
+        return self._trainer
+
+    def _save(self, trainer: Trainer, record: Record) -> None:
+        cycle = record["cycle"]
+        tensors, plain = trainer.state()
+        state = self.folder / f"state_{cycle:03d}"
+        shutil.rmtree(state, ignore_errors=True)  # a process killed between the two writes left it without its cycle
+        save_checkpoint(state, {"tensors.safetensors": tensors}, {"plain.json": plain})
+        weights = {name: p.detach() for name, p in trainer.model.policy_weights().items()}
+        save_checkpoint(self._cycle_folder(cycle), {WEIGHTS: weights}, {"record.json": record})
+        for old in sorted(self.folder.glob("state_*"))[:-2]:
+            shutil.rmtree(old)
+
+    def _finished_cycles(self) -> list[Record]:
+        records: list[Record] = []
+        while (folder := self._cycle_folder(len(records) + 1)).is_dir():
+            verify_checkpoint(folder)
+            records.append(load_plain(folder / "record.json"))
+        return records
+
+    def _cycle_folder(self, cycle: int) -> Path:
+        return self.folder / f"cycle_{cycle:03d}"
+
+    def _check_environment(self) -> None:
+        """A continuation elsewhere would be another run: refuse it, unless told to go on."""
+        path, now = self.folder / "environment.json", environment()
+        if not path.exists() or os.environ.get(GO_ON):
+            path.write_text(json.dumps(now, indent=2), encoding="utf-8")
+        if then := {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if v != now.get(k)}:
+            changes = ", ".join(f"{k} {v} -> {now.get(k)}" for k, v in then.items())
+            raise ResumeMismatch(
+                f"the run was begun elsewhere: {changes}",
+                str(self.folder),
+                f"set {GO_ON}=1 to go on anyway, or move the folder away to start anew",
+            )
+
+    def _write_policy(self, weights: Path) -> None:
+        """Base model and trained weights as one transformers folder, in the dtype that sampled."""
+        model = load_base(self.workspace, self.params.ppo.model.dtype)
+        trained = load_file(weights)
+        unknown = model.load_state_dict(trained, strict=False).unexpected_keys
+        assert not unknown, unknown
+        beside = self.workspace.policy.with_name("policy.writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside)
+        load_tokenizer(self.workspace.base_model).save_pretrained(beside)
+        shutil.rmtree(self.workspace.policy, ignore_errors=True)
+        beside.rename(self.workspace.policy)
+
+    def _write_curves(self, records: list[Record]) -> None:
+        rows = pd.DataFrame(records)
+        columns = ["cycle", *(name for name in rows if name.startswith("dev/"))]
+        self.workspace.cycles_csv.parent.mkdir(parents=True, exist_ok=True)
+        rows[columns].rename(columns=lambda name: name.removeprefix("dev/")).to_csv(
+            self.workspace.cycles_csv, index=False
+        )
+
+
+def _training_prompts(workspace: Workspace, tokenizer: Any) -> list[list[int]]:
+    rows = pd.read_parquet(workspace.prompts)
+    rows = rows[rows.split == "ppo"]
+    if rows.empty:
+        raise ConfigError("has no prompts to train on", f"{workspace.prompts}:split", "give ingest more texts")
+    return [encode_prompt(tokenizer, p, f) for p, f in zip(rows["prompt"], rows["format"], strict=True)]

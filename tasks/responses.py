@@ -1,0 +1,133 @@
+"""Models answer prompts, and the answers are measured: by the reward model, the judge and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ppo_core.masking import counted, masked_mean
+from ppo_core.models import ActorCritic
+from ppo_core.rollout import ModelReward, RewardFunction, score
+from ppo_core.sampling import sample
+from ppo_core.seeds import derive
+from ppo_core.tokens import decode, encode_prompt
+from ppo_core.types import Rollout
+from tasks.params import Params
+from tasks.preference_models import Judge, judge_text, load_base, load_reward_model, load_tokenizer
+from tasks.workspace import Workspace
+
+BATCH = 64
+"""Prompts answered at once; a row's sample does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Answers to N prompts, in their order. Scores are in standard deviations of human-written text."""
+
+    prompts: list[str]
+    texts: list[str]
+    reward: np.ndarray
+    judge: np.ndarray
+    kl: np.ndarray
+    """Sum over the response of the log-ratio to the reference, nats."""
+    entropy: np.ndarray
+    """Mean per token, nats."""
+    ref_nll: np.ndarray
+    """Mean negative log-probability per token under the reference, nats."""
+    lengths: np.ndarray
+    """Tokens."""
+    ended: np.ndarray
+    """True where the response ended by EOS."""
+
+
+class Examiner:
+    """Puts the prompts of a split to a policy, with the same seeds every time, and has the answers scored."""
+
+    def __init__(self, params: Params, workspace: Workspace, reward: RewardFunction, tokenizer: Any) -> None:
+        self.params, self.reward, self.tokenizer = params, reward, tokenizer
+        self.judge = Judge(workspace)
+        self.prompts = pd.read_parquet(workspace.prompts)
+
+    def ask(self, model: ActorCritic, split: str) -> Responses:
+        """What the policy of `model` answers to the prompts of `split`."""
+        rows = self.prompts[self.prompts.split == split]
+        formats = rows["format"].tolist()
+        prompts = rows["prompt"].tolist()
+        tokens = [encode_prompt(self.tokenizer, p, f) for p, f in zip(prompts, formats, strict=True)]
+        # Prompts of like length share a batch, so that little is padded.
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        parts = [
+            self._answer(model, split, [tokens[i] for i in batch], batch)
+            for batch in tqdm(batches, desc=f"answering {split} prompts", unit="batch", disable=None)
+        ]
+        back = np.argsort([i for batch in batches for i in batch])
+        columns = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+        texts = [str(t) for t in columns.pop("texts")]
+        whole = [judge_text(p, f, t) for p, f, t in zip(prompts, formats, texts, strict=True)]
+        return Responses(prompts=prompts, texts=texts, judge=self.judge.score(whole), **columns)
+
+    def _answer(
+        self, model: ActorCritic, split: str, prompts: list[list[int]], rows: list[int]
+    ) -> dict[str, np.ndarray]:
+        sampling = self.params.ppo.sampling
+        seeds = [derive(self.params.seed, "examine", split, row) for row in rows]
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        samples = sample(model.sampler, model.policy_head, prompts, sampling, seeds, eos, pad)
+        size = self.params.ppo.update.micro_batch
+        parts = [
+            _figures(score(model, self.reward, samples.rows(slice(start, start + size)), sampling.temperature))
+            for start in range(0, len(prompts), size)
+        ]
+        figures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        sequences = samples.sequences
+        texts = [decode(self.tokenizer, ids[m].tolist()) for ids, m in zip(sequences.responses, sequences.mask)]
+        return figures | {"texts": np.array(texts, dtype=object)}
+
+
+def _figures(rollout: Rollout) -> dict[str, np.ndarray]:
+    mask = rollout.mask
+    figures = {
+        "reward": rollout.scores,
+        "kl": counted(rollout.logprobs - rollout.ref_logprobs, mask).sum(dim=1),
+        "entropy": masked_mean(rollout.entropy, mask, dim=1),
+        "ref_nll": masked_mean(-rollout.ref_logprobs, mask, dim=1),
+        "lengths": mask.sum(dim=1),
+        "ended": rollout.ended,
+    }
+    return {name: tensor.numpy() for name, tensor in figures.items()}
+
+
+class Responders:
+    """Reference and aligned policy, as the evaluate stage asks them."""
+
+    def __init__(self, params: Params, workspace: Workspace) -> None:
+        base = load_base(workspace, params.ppo.model.dtype)
+        self.workspace = workspace
+        self.model = ActorCritic(base, params.ppo.model)
+        reward = ModelReward(load_reward_model(workspace, base), self.model)
+        self.examiner = Examiner(params, workspace, reward, load_tokenizer(workspace.base_model))
+
+    def reference(self, split: str) -> Responses:
+        """The model before training: the policy as it starts."""
+        load_policy(self.model, self.workspace.base_model)
+        return self.examiner.ask(self.model, split)
+
+    def policy(self, split: str) -> Responses:
+        """The aligned policy in models/policy."""
+        load_policy(self.model, self.workspace.policy)
+        return self.examiner.ask(self.model, split)
+
+
+@torch.no_grad()
+def load_policy(model: ActorCritic, folder: Any) -> None:
+    """Give the policy the trained weights of a transformers folder."""
+    stored = load_file(folder / "model.safetensors")
+    for name, parameter in model.policy_weights().items():
+        parameter.copy_(stored[name])
