@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup, escape
@@ -111,10 +112,9 @@ def facts(items: Mapping[str, object]) -> Markup:
 
 def figure(fig: Figure, alt: str) -> Markup:
     """The figure inside the page. `alt` says what it shows; it is the caption too."""
-    data = base64.b64encode(svg(fig)).decode("ascii")
-    return Markup(
-        '<figure><img src="data:image/svg+xml;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>'
-    ).format(data, alt, alt)
+    return Markup('<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>').format(
+        _data_uri(svg(fig)), alt, alt
+    )
 
 
 def svg(fig: Figure) -> bytes:
@@ -157,6 +157,15 @@ def markdown_text(text: str) -> str:
     return re.sub(r"\s*\n\s*", " ⏎ ", escaped)
 
 
+def embed_pictures(markdown: str, folder: Path) -> str:
+    """Markdown with the pictures that it names in `folder` put inside it, for where files cannot follow."""
+
+    def inside(match: re.Match[str]) -> str:
+        return f"]({_data_uri((folder / match[1]).read_bytes())})"
+
+    return re.sub(r"\]\(([\w-]+\.svg)\)", inside, markdown)
+
+
 def show(value: object) -> str:
     """A value for a person: 1,234 and 0.123; a missing one is a dash."""
     if value is None or (isinstance(value, Real) and math.isnan(value)):
@@ -169,6 +178,10 @@ def show(value: object) -> str:
         number = float(value)
         return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
     return value if isinstance(value, str) else str(value)
+
+
+def _data_uri(svg_file: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg_file).decode('ascii')}"
 
 
 def _cell(value: object) -> Markup:

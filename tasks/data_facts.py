@@ -1,0 +1,151 @@
+"""What the canonical tables say beyond their single rows: derived columns for the expectations, figures for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+NEAR_TIE = 0.05
+"""A target this close to one half says that raters are split."""
+MARGIN_EDGES = (0, 1, 2, 3, 4)
+"""Rating gaps at which the metrics part the pairs."""
+
+Tables = dict[str, pd.DataFrame]
+
+
+def derive(pairs: pd.DataFrame, prompts: pd.DataFrame, files: Mapping[str, str]) -> Tables:
+    """The tables that the suites ask about, with what needs more than one row as columns of their own.
+
+    A derived column that is empty in good rows names the trouble in bad ones: `opposite` the contradicting pair,
+    `text_splits` the splits that share a text. `files` are what the tables are called in messages.
+    """
+    pairs = pairs.assign(
+        place=_places(files["pairs"], pairs["pair_id"]),
+        unreadable_prompt=_unreadable(pairs, none_allowed=True),
+        opposite=_opposites(pairs),
+        longer_wins=(np.sign(pairs["chosen_tokens"] - pairs["rejected_tokens"]) + 1) / 2,
+        near_tie=(pairs["target"] - 0.5).abs() < NEAR_TIE,
+    )
+    prompts = prompts.assign(
+        place=_places(files["prompts"], prompts["prompt_id"]),
+        unreadable_prompt=_unreadable(prompts, none_allowed=False),
+    )
+    return {
+        "pairs": pairs,
+        "prompts": prompts,
+        "texts": _texts(pairs, prompts),
+        "sources": _sources(pairs, files["pairs"]),
+        "counts": _counts(pairs, files["pairs"]),
+    }
+
+
+def describe(tables: Tables) -> dict[str, Any]:
+    """Figures of the data, for the metrics and the report."""
+    pairs, prompts = tables["pairs"], tables["prompts"]
+    edges = [*MARGIN_EDGES, np.inf]
+    buckets = pd.cut(pairs["margin"], edges, right=False, labels=[f"from {edge}" for edge in MARGIN_EDGES])
+    by_margin = pairs.groupby(buckets, observed=True)["target"].mean()
+    return {
+        "pairs": len(pairs),
+        "prompts": len(prompts),
+        "rows": pd.concat([pairs["split"], prompts["split"]]).value_counts().sort_index().to_dict(),
+        "longer_wins": _mean(pairs["longer_wins"]),
+        "longer_wins_by_split": {split: _mean(part) for split, part in pairs.groupby("split")["longer_wins"]},
+        "near_ties": _mean(pairs["near_tie"]),
+        "mean_margin": _mean(pairs["margin"]),
+        "mean_target": _mean(pairs["target"]),
+        "mean_target_by_margin": {bucket: round(target, 4) for bucket, target in by_margin.items()},
+        "longest_text_tokens": _most(pairs["chosen_tokens"], pairs["rejected_tokens"]),
+        "longest_prompt_tokens": _most(prompts["tokens"]),
+    }
+
+
+def _places(file: str, ids: pd.Series) -> pd.Series:
+    """file:row for every row; a row without an id goes by its number."""
+    return file + ":" + ids.fillna("row " + (ids.index + 1).astype("str").to_series(ids.index))
+
+
+def _unreadable(frame: pd.DataFrame, none_allowed: bool) -> pd.Series:
+    """The prompts that are blank or, in a chat, no list of messages; a missing one is another expectation's."""
+    unreadable = [
+        prompt if isinstance(prompt, str) and not _is_prompt(prompt, form, none_allowed) else None
+        for prompt, form in zip(frame["prompt"], frame["format"], strict=True)
+    ]
+    return pd.Series(unreadable, frame.index, "str")
+
+
+def _is_prompt(prompt: str, form: str, none_allowed: bool) -> bool:
+    if form != "chat":
+        return bool(prompt.strip()) or (none_allowed and prompt == "")
+    try:
+        messages = json.loads(prompt)
+    except ValueError:
+        return False
+    return isinstance(messages, list) and bool(messages) and all(_is_message(message) for message in messages)
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _opposites(pairs: pd.DataFrame) -> pd.Series:
+    """For each pair the id of one that states the opposite: same prompt, same texts, the other way round."""
+    keys = list(zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True))
+    ids = dict(zip(keys, pairs["pair_id"], strict=True))
+    opposites = [ids.get((prompt, no, yes)) if yes != no else None for prompt, yes, no in keys]
+    return pd.Series(opposites, pairs.index, "str")
+
+
+def _texts(pairs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """Every occurrence of a text or a non-empty prompt, and the splits that share it or its group."""
+    occurrences = [
+        (pairs, "chosen"),
+        (pairs, "rejected"),
+        (pairs[pairs["prompt"] != ""], "prompt"),
+        (prompts, "prompt"),
+    ]
+    texts = pd.concat(
+        [
+            pd.DataFrame({"place": frame["place"] + f":{field}", "text": frame[field]}).join(frame[["group", "split"]])
+            for frame, field in occurrences
+        ],
+        ignore_index=True,
+    )
+    return texts.assign(text_splits=_shared_by(texts, "text"), group_splits=_shared_by(texts, "group"))
+
+
+def _shared_by(texts: pd.DataFrame, key: str) -> pd.Series:
+    """The names of the splits, where the same key is in more than one."""
+    places = texts[[key, "split"]].drop_duplicates().dropna().sort_values("split")
+    several = places[places.duplicated(key, keep=False)]
+    return texts[key].map(several.groupby(key)["split"].agg(", ".join))
+
+
+def _sources(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
+    means = pairs.groupby("source", as_index=False)["target"].mean()
+    return pd.DataFrame({"place": file + ":source " + means["source"], "mean_target": means["target"]})
+
+
+def _counts(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
+    counts = pairs["split"].value_counts().rename_axis("split").reset_index(name="pairs")
+    training = counts["split"].str.endswith("_train")
+    return pd.DataFrame(
+        {
+            "place": file + ":split " + counts["split"],
+            "training_pairs": counts["pairs"].where(training),
+            "held_out_pairs": counts["pairs"].where(~training),
+        }
+    )
+
+
+def _mean(values: pd.Series) -> float | None:
+    return round(float(values.mean()), 4) if values.notna().any() else None
+
+
+def _most(*columns: pd.Series) -> int | None:
+    values = pd.concat(columns)
+    return int(values.max()) if values.notna().any() else None

@@ -1,0 +1,109 @@
+"""The validate stage: the canonical data against its expectations, and a report that a person can act on.
+
+In: pairs.parquet, prompts.parquet. Out: reports/validate (report.html, report.md, pictures), metrics/validate.json.
+Critical breaches raise DataError after both are written; warnings do not stop the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks import data_report, expectations
+from tasks.data_facts import Tables, derive, describe
+from tasks.errors import DataError, Problem
+from tasks.expectations import COLUMNS, Finding, check
+from tasks.params import Params
+from tasks.stages import StageResult, write_metrics
+from tasks.workspace import Workspace
+
+
+def run(params: Params, workspace: Workspace) -> StageResult:
+    """Check the canonical data. Raises DataError that names every critical breach and its first offending rows."""
+    files = {path.stem: str(path.relative_to(workspace.root)) for path in (workspace.pairs, workspace.prompts)}
+    findings = check(
+        {table: _schema(workspace.root / file, file) for table, file in files.items()},
+        {table: expectations.schema_suite(table) for table in files},
+    )
+    tables: Tables = {}
+    # With the wrong columns or types every further question would be nonsense or an exception.
+    if all(finding.ok for finding in findings):
+        tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts), files)
+        findings += check(tables, _suites(params))
+    figures = describe(tables) if tables else {}
+    markdown = data_report.write(workspace.report("validate"), findings, tables, figures)
+    result = StageResult(_metrics(findings, figures), _summary(findings), {"markdown": markdown})
+    breaches = [finding for finding in findings if finding.critical]
+    if breaches:
+        write_metrics("validate", result, workspace)
+        raise DataError([_problem(finding, files) for finding in breaches])
+    return result
+
+
+def _suites(params: Params) -> dict[str, list[Any]]:
+    """The suites on the tables of `derive`."""
+    return {
+        "pairs": expectations.pairs_suite(params),
+        "prompts": expectations.prompts_suite(params),
+        "texts": expectations.texts_suite(),
+        "sources": expectations.sources_suite(),
+        "counts": expectations.counts_suite(params),
+    }
+
+
+def _schema(path: Path, file: str) -> pd.DataFrame:
+    """One row a column of the file. Raises DataError if there is no such file or it is no Parquet."""
+    try:
+        schema = pq.read_schema(path)
+    except FileNotFoundError:
+        raise DataError("no such file", file, "run `python -m tasks ingest` first") from None
+    except pa.ArrowInvalid as error:
+        raise DataError(f"is not Parquet: {error}", file, "run `python -m tasks ingest` again") from error
+    known = COLUMNS[path.stem]
+    return pd.DataFrame(
+        {
+            "place": [f"{file}:{column.name}" for column in schema],
+            "column": schema.names,
+            "found": [f"{column.name}: {column.type}" if column.name in known else None for column in schema],
+        }
+    )
+
+
+def _metrics(findings: Sequence[Finding], figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "expectations": {
+            "checked": len(findings),
+            "passed": sum(finding.ok for finding in findings),
+            "warnings": sum(finding.warning for finding in findings),
+            "critical": sum(finding.critical for finding in findings),
+        },
+        # Of a whole-table expectation that fails, 1.
+        "failed": {f.name: f.failed or 1 for f in findings if not f.ok},
+        **figures,
+    }
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    critical, warnings = (
+        [f.name for f in findings if f.critical],
+        [f.name for f in findings if f.warning],
+    )
+    return "; ".join(
+        [
+            f"{sum(f.ok for f in findings)} of {len(findings)} expectations hold",
+            *([f"broken: {', '.join(critical)}"] if critical else []),
+            *([f"warnings: {', '.join(warnings)}"] if warnings else []),
+        ]
+    )
+
+
+def _problem(finding: Finding, files: dict[str, str]) -> Problem:
+    extent = f"{finding.failed:,} of {finding.checked:,} rows break it" if finding.failed else finding.observed
+    places = ", ".join(example.place for example in finding.examples)
+    where = places or files["prompts" if finding.table == "prompts" else "pairs"]
+    return Problem(f"{finding.name}: expected that {finding.says}; {extent}", where, finding.mend)
