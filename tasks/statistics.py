@@ -1,0 +1,224 @@
+"""Figures of an evaluation, with what is known about their error. Pure numpy.
+
+N = prompts (or pairs); every array is [N]. Intervals hold at 95 %. docs/evaluation.md says why each figure is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # it brings torch, which nothing here needs
+    from tasks.responses import Responses
+
+Z = 1.959963984540054
+"""The normal law's 97.5 % quantile."""
+TAILS = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure from `n` cases and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> Interval:
+    """Percentile bootstrap (Efron 1979) of `statistic`, which is given the indices [n] of the cases that count.
+
+    Cases are drawn with replacement; figures of one case must stay together, which is what pairs them.
+    """
+    if n == 0:
+        raise ValueError("an interval needs at least one case")
+    draw = np.random.default_rng(seed)
+    drawn = [statistic(draw.integers(n, size=n)) for _ in range(resamples)]
+    low, high = np.percentile(drawn, TAILS)
+    return Interval(float(statistic(np.arange(n))), float(low), float(high), n)
+
+
+def bootstrap_mean(x: np.ndarray, resamples: int, seed: int) -> Interval:
+    """The mean of `x`; of paired differences, the mean gain."""
+    x = np.asarray(x, dtype=np.float64)
+    return bootstrap(lambda rows: float(x[rows].mean()), len(x), resamples, seed)
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where `a` is higher, 0 where `b` is, 0.5 where they tie."""
+    return (np.sign(np.subtract(a, b, dtype=np.float64)) + 1) / 2
+
+
+def judge_differences(policy: Responses, reference: Responses) -> np.ndarray:
+    """The judge's score of the policy's answer minus that of the reference's, per prompt.
+
+    Equal texts differ by exactly 0: what the batch that scored them left in the last digit is no preference.
+    """
+    same = np.array(policy.texts, dtype=object) == np.array(reference.texts, dtype=object)
+    return np.where(same, 0.0, np.subtract(policy.judge, reference.judge, dtype=np.float64))
+
+
+def share_confirmed(judge_gain: float, reward_gain: float) -> float:
+    """judge_gain / reward_gain: how much of what PPO gained on its own objective a second opinion sees.
+
+    0 where the reward model itself sees no gain: nothing was there to be confirmed.
+    """
+    return judge_gain / reward_gain if reward_gain > 0 else 0.0
+
+
+def bootstrap_share(judge: np.ndarray, reward: np.ndarray, resamples: int, seed: int) -> Interval:
+    """`share_confirmed` of the mean gains, from per-prompt gains that are resampled together."""
+    judge, reward = np.asarray(judge, dtype=np.float64), np.asarray(reward, dtype=np.float64)
+    return bootstrap(
+        lambda rows: share_confirmed(float(judge[rows].mean()), float(reward[rows].mean())),
+        len(judge),
+        resamples,
+        seed,
+    )
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Runs of `n` words, in order; words are what white space parts."""
+    words = text.split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams over all n-grams, in all texts together (Li et al. 2016); 0 where there are none."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetitions(texts: Sequence[str], n: int = 3) -> np.ndarray:
+    """Per text, the share of its n-grams that occurred in it before; 0 for a text too short to have any."""
+    counts = [(len(grams), len(set(grams))) for grams in (ngrams(text, n) for text in texts)]
+    return np.array([1 - different / total if total else 0.0 for total, different in counts])
+
+
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Mean of `repetitions`."""
+    return float(repetitions(texts, n).mean()) if texts else 0.0
+
+
+def relative_change(value: float, reference: float) -> float:
+    """|value - reference| / reference. From 0 to anything counts as a change of 1: it has no other measure."""
+    if reference == 0:
+        return 0.0 if value == 0 else 1.0
+    return abs(value - reference) / abs(reference)
+
+
+def compare(policy: Responses, reference: Responses) -> dict[str, float]:
+    """Policy against reference on the same prompts, point figures. Raises ValueError if the prompts differ.
+
+    Gains in standard deviations of human-written text; `kl` in nats a response, `entropy` in nats a token, `length` in tokens.
+    """
+    if policy.prompts != reference.prompts:
+        raise ValueError("policy and reference answered different prompts")
+    judge = judge_differences(policy, reference)
+    reward_gain = float(np.subtract(policy.reward, reference.reward, dtype=np.float64).mean())
+    judge_gain = float(judge.mean())
+    return {
+        "judge_win_rate": float(wins(judge, np.zeros_like(judge)).mean()),
+        "reward_gain": reward_gain,
+        "judge_gain": judge_gain,
+        "judge_share": share_confirmed(judge_gain, reward_gain),
+        "kl": _mean(policy.kl),
+        "entropy": _mean(policy.entropy),
+        "entropy_reference": _mean(reference.entropy),
+        "length": _mean(policy.lengths),
+        "length_reference": _mean(reference.lengths),
+        "ended_rate": _mean(policy.ended),
+        "ended_rate_reference": _mean(reference.ended),
+        "distinct_2": distinct_n(policy.texts, 2),
+        "distinct_2_reference": distinct_n(reference.texts, 2),
+        "repetition": repetition(policy.texts),
+        "repetition_reference": repetition(reference.texts),
+        "perplexity": float(np.exp(_mean(policy.ref_nll))),
+        "perplexity_reference": float(np.exp(_mean(reference.ref_nll))),
+    }
+
+
+def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> Interval:
+    """The share of pairs that are right (1; 0.5 for a tie; 0) and its Wilson (1927) interval.
+
+    `groups` names what hangs together: pairs of one group share texts, so that fewer cases are independent than there are
+    pairs. Wilson's n is then divided by the design effect (Kish 1965), the clustered variance of the mean over the plain one.
+    """
+    correct = np.asarray(correct, dtype=np.float64)
+    n = len(correct)
+    if n == 0:
+        raise ValueError("an accuracy needs at least one pair")
+    p = float(correct.mean())
+    m = n if groups is None else _independent_cases(correct - p, np.asarray(groups))
+    centre = (p + Z**2 / (2 * m)) / (1 + Z**2 / m)
+    half = Z / (1 + Z**2 / m) * np.sqrt(p * (1 - p) / m + Z**2 / (4 * m**2))
+    return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+
+
+def expected_calibration_error(
+    probability: np.ndarray, target: np.ndarray, bins: int = 10
+) -> tuple[float, list[dict[str, Any]]]:
+    """ECE (Naeini et al. 2015) of P(chosen preferred) [N] against the share of raters who prefer it [N], and its bins.
+
+    A pair is turned so that the model's favourite comes first. The order in the data is no help: there the chosen text comes
+    first *because* of the label, and a model that is rightly unsure would look wrong. So confidences lie in [0.5, 1], which is
+    cut into `bins` of equal width; each that is not empty is {low, high, n, confidence, agreement}, the last two being means.
+    """
+    probability, target = np.asarray(probability, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    confidence = np.maximum(probability, 1 - probability)
+    # Where the model has no favourite, both orders are as good: half of it each.
+    agreement = np.select([probability > 0.5, probability < 0.5], [target, 1 - target], 0.5)
+    found = [
+        {"low": low, "high": high, "n": int(rows.sum())}
+        | {"confidence": float(confidence[rows].mean()), "agreement": float(agreement[rows].mean())}
+        for low, high, rows in _bins(confidence, np.linspace(0.5, 1.0, bins + 1))
+    ]
+    error = sum(b["n"] * abs(b["confidence"] - b["agreement"]) for b in found) / len(confidence)
+    return float(error), found
+
+
+def by_margin(correct: np.ndarray, margin: np.ndarray, edges: Sequence[float]) -> list[dict[str, Any]]:
+    """Accuracy by rating gap: {low, high, n, accuracy} for each [low, high) that has pairs.
+
+    Gaps outside the edges count in the first or last bin.
+    """
+    correct = np.asarray(correct, dtype=np.float64)
+    return [
+        {"low": low, "high": high, "n": int(rows.sum()), "accuracy": float(correct[rows].mean())}
+        for low, high, rows in _bins(np.asarray(margin), np.asarray(edges, dtype=np.float64))
+    ]
+
+
+def rater_ceiling(target: np.ndarray) -> float:
+    """Mean of max(t, 1 - t): the share of single votes that agree with the majority of their pair.
+
+    A vote is one rater pair's preference. No model that must name one text of each pair can agree with more of them.
+    """
+    target = np.asarray(target, dtype=np.float64)
+    return float(np.maximum(target, 1 - target).mean())
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(np.mean(x, dtype=np.float64))
+
+
+def _bins(x: np.ndarray, edges: np.ndarray) -> Iterator[tuple[float, float, np.ndarray]]:
+    """(low, high, which of `x` [N] bool) of every bin that is not empty."""
+    place = np.searchsorted(edges[1:-1], x, side="right")
+    for i in np.unique(place):
+        yield float(edges[i]), float(edges[i + 1]), place == i
+
+
+def _independent_cases(residuals: np.ndarray, groups: np.ndarray) -> float:
+    """How many independent cases are worth as much as these; at most as many as there are."""
+    _, members = np.unique(groups, return_inverse=True)
+    sums = np.bincount(members, weights=residuals)
+    plain = float((residuals**2).sum())
+    if plain == 0:  # all right or all wrong: nothing tells how alike the pairs of a group are
+        return float(len(sums))
+    clustered = float((sums**2).sum()) * len(sums) / max(len(sums) - 1, 1)
+    return len(residuals) / max(clustered / plain, 1.0)
