@@ -50,7 +50,8 @@ def bootstrap_mean(x: np.ndarray, resamples: int, seed: int) -> Interval:
 
 def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """1 where `a` is higher, 0 where `b` is, 0.5 where they tie."""
-    return (np.sign(np.subtract(a, b, dtype=np.float64)) + 1) / 2
+    signs: np.ndarray = np.sign(np.subtract(a, b, dtype=np.float64))
+    return (signs + 1) / 2
 
 
 def judge_differences(policy: Responses, reference: Responses) -> np.ndarray:
@@ -59,7 +60,8 @@ def judge_differences(policy: Responses, reference: Responses) -> np.ndarray:
     Equal texts differ by exactly 0: what the batch that scored them left in the last digit is no preference.
     """
     same = np.array(policy.texts, dtype=object) == np.array(reference.texts, dtype=object)
-    return np.where(same, 0.0, np.subtract(policy.judge, reference.judge, dtype=np.float64))
+    difference: np.ndarray = np.subtract(policy.judge, reference.judge, dtype=np.float64)
+    return np.where(same, 0.0, difference)
 
 
 def share_confirmed(judge_gain: float, reward_gain: float) -> float:
@@ -114,7 +116,8 @@ def relative_change(value: float, reference: float) -> float:
 def compare(policy: Responses, reference: Responses) -> dict[str, float]:
     """Policy against reference on the same prompts, point figures. Raises ValueError if the prompts differ.
 
-    Gains in standard deviations of human-written text; `kl` in nats a response, `entropy` in nats a token, `length` in tokens.
+    Gains in standard deviations of human-written text; `kl` in nats a response, `entropy` in nats a token, `length`
+    in tokens.
     """
     if policy.prompts != reference.prompts:
         raise ValueError("policy and reference answered different prompts")
@@ -145,8 +148,9 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
 def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """The share of pairs that are right (1; 0.5 for a tie; 0) and its Wilson (1927) interval.
 
-    `groups` names what hangs together: pairs of one group share texts, so that fewer cases are independent than there are
-    pairs. Wilson's n is then divided by the design effect (Kish 1965), the clustered variance of the mean over the plain one.
+    `groups` names what hangs together: pairs of one group share texts, so that fewer cases are independent than there
+    are pairs. Wilson's n is then divided by the design effect (Kish 1965), the clustered variance of the mean over the
+    plain one.
     """
     correct = np.asarray(correct, dtype=np.float64)
     n = len(correct)
@@ -164,9 +168,10 @@ def expected_calibration_error(
 ) -> tuple[float, list[dict[str, Any]]]:
     """ECE (Naeini et al. 2015) of P(chosen preferred) [N] against the share of raters who prefer it [N], and its bins.
 
-    A pair is turned so that the model's favourite comes first. The order in the data is no help: there the chosen text comes
-    first *because* of the label, and a model that is rightly unsure would look wrong. So confidences lie in [0.5, 1], which is
-    cut into `bins` of equal width; each that is not empty is {low, high, n, confidence, agreement}, the last two being means.
+    A pair is turned so that the model's favourite comes first. The order in the data is no help: there the chosen text
+    comes first *because* of the label, and a model that is rightly unsure would look wrong. So confidences lie in
+    [0.5, 1], which is cut into `bins` of equal width; each that is not empty is {low, high, n, confidence, agreement},
+    the last two being means.
     """
     probability, target = np.asarray(probability, dtype=np.float64), np.asarray(target, dtype=np.float64)
     confidence = np.maximum(probability, 1 - probability)
