@@ -16,6 +16,9 @@ _DEFAULTS = {
     # Nothing is unpickled on loading a model, and the server starts no job runners.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # A tracking server that has gone is noticed in seconds (by default MLflow tries for four minutes a call).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # A GPU slot whose holder died is freed even if the server restarted meanwhile.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "TOKENIZERS_PARALLELISM": "false",
