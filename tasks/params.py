@@ -48,6 +48,8 @@ class DataSource(SourceParams):
     """`ratings` only: where the single ratings lie, if not beside the text."""
     max_rows: Count | None = None
     """Read at most this many rows (for trying things out)."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """A malformed, empty or too long row is an error, or is left out and counted (published data have a few)."""
 
 
 class PairingParams(Section):
@@ -67,6 +69,12 @@ class PromptParams(Section):
     max_words: Count = 7
     """Longest opening, in words."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> PromptParams:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
+        return self
+
 
 class SplitParams(Section):
     """Disjoint parts of the data; what hangs together through a text or a prompt stays together."""
@@ -81,6 +89,12 @@ class SplitParams(Section):
     """Prompts for the metrics of each cycle, and for stopping."""
     test: Count = 400
     """Prompts that the evaluate stage alone touches."""
+
+    @model_validator(mode="after")
+    def _leaves_prompts(self) -> SplitParams:
+        if self.reward + self.judge >= 1:
+            raise ValueError(f"reward {self.reward} and judge {self.judge} leave no texts for the prompts")
+        return self
 
 
 class IngestParams(Section):

@@ -1,0 +1,125 @@
+"""The models everything starts from, as folders in the transformers format: safetensors, tokenizer, settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from tasks.errors import ConfigError, DataError
+from tasks.params import IngestParams
+from tasks.sources import MODEL_FILES, Fetched, digest
+from tasks.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+def write_policy(fetched: Fetched, target: Path, params: IngestParams, workspace: Workspace) -> Any:
+    """Write the policy to the folder `target` and return its tokenizer. Raises DataError, ConfigError."""
+    if fetched.path.suffix == ".gguf":
+        shutil.copytree(_converted(fetched.path, workspace.downloads), target)
+    else:
+        _copy(fetched, target)
+    try:
+        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+        _, report = AutoModelForCausalLM.from_pretrained(
+            target, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"does not load as a language model: {error}", fetched.label, "check the folder") from error
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(f"lacks weights: {', '.join(missing[:5])}", fetched.label, "fetch or save the model again")
+    _check_context(config, params)
+    return _with_ends(tokenizer, target, fetched.label)
+
+
+def write_judge(fetched: Fetched, target: Path) -> None:
+    """Copy the model that becomes the judge to the folder `target`. Raises DataError."""
+    _copy(fetched, target)
+    try:
+        AutoConfig.from_pretrained(target, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"does not load: {error}", fetched.label, "check the folder") from error
+
+
+def _copy(fetched: Fetched, target: Path) -> None:
+    if not fetched.path.is_dir():
+        raise DataError(
+            "is neither a .gguf file nor a folder", fetched.label, "name a folder in the transformers format"
+        )
+    files = [file for pattern in MODEL_FILES for file in sorted(fetched.path.glob(pattern))]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights:
+        raise DataError(
+            "holds no weights as .safetensors; pickled ones (.bin, .pt) can run code and are refused",
+            fetched.label,
+            "write it with model.save_pretrained(folder)",
+        )
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise DataError(f"is damaged: {error}", f"{fetched.label}/{file.name}", "fetch it again") from error
+    target.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+
+
+def _converted(gguf: Path, downloads: Path) -> Path:
+    """The GGUF model as a transformers folder, converted once for each file and version of transformers."""
+    folder = downloads / f"{gguf.stem}-{digest(gguf)[:16]}-transformers-{transformers.__version__}"
+    stamp = folder.with_suffix(f"{folder.suffix}.json")
+    if stamp.exists() and json.loads(stamp.read_text()) == {"sha256": digest(folder)}:
+        return folder
+    log.info("converting %s to safetensors, once", gguf.name)
+    downloads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=downloads) as temporary:
+        _convert(gguf, Path(temporary) / "model")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(temporary) / "model").replace(folder)
+    stamp.write_text(json.dumps({"sha256": digest(folder)}))
+    return folder
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Dequantise into bfloat16: 4-bit weights with their scales lose nothing that matters, and take half the space."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        mend = "use a model whose architecture transformers reads from GGUF, or a folder of its own format"
+        raise DataError(f"cannot be converted: {error}", gguf.name, mend) from error
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _check_context(config: Any, params: IngestParams) -> None:
+    context = getattr(config, "max_position_embeddings", None)
+    for name in ("max_prompt_tokens", "max_text_tokens"):
+        if context is not None and getattr(params, name) > context:
+            raise ConfigError(
+                f"{getattr(params, name)} is more than the {context} tokens that the policy reads", f"ingest.{name}"
+            )
+
+
+def _with_ends(tokenizer: Any, target: Path, label: str) -> Any:
+    """The tokenizer with a padding token; sampling needs to know where a text ends and how to fill a batch."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("has no end-of-sequence token", label, "set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(target)
+    return tokenizer

@@ -1,0 +1,190 @@
+"""Feedback as two tables that share nothing: pairs for the reward model and the judge, prompts for PPO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ppo_core.seeds import derive
+from ppo_core.tokens import encode_prompt, encode_response
+from tasks.errors import DataError
+from tasks.formats import Preference, RatedText
+from tasks.pairing import rated_groups
+from tasks.params import IngestParams, PromptParams, SplitParams
+from tasks.splits import components, distinct, normal, share_out, take_exactly
+
+Feedback = Preference | RatedText
+Row = dict[str, Any]
+
+
+class Lengths:
+    """Token counts as the policy sees them; each text is encoded once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[tuple[str, str], int] = {}
+
+    def prompt(self, prompt: str, format: str) -> int:
+        """Raises ValueError for a conversation that the model's template refuses."""
+        if (format, prompt) not in self._known:
+            self._known[format, prompt] = len(encode_prompt(self.tokenizer, prompt, format))
+        return self._known[format, prompt]
+
+    def response(self, text: str) -> int:
+        if ("response", text) not in self._known:
+            self._known["response", text] = len(encode_response(self.tokenizer, text))
+        return self._known["response", text]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy answers or continues."""
+
+    format: str
+    prompt: str
+    source: str
+    group: str
+
+
+def without_duplicates(feedback: Iterable[Feedback]) -> list[Feedback]:
+    """The first of each rated text, and of each pair in one direction. A contradiction is validation's to judge."""
+    return distinct(feedback, lambda item: (type(item), *texts_of(item)))
+
+
+def texts_of(item: Feedback) -> tuple[str, ...]:
+    """What ties an item to others: its texts, its prompt, and what a conversation opens with."""
+    if isinstance(item, RatedText):
+        return (normal(item.text),)
+    texts = [item.chosen, item.rejected, item.prompt]
+    if item.format == "chat":
+        texts += [turn["content"] for turn in json.loads(item.prompt) if turn["role"] != "system"][:1]
+    return tuple(normal(text) for text in texts if text)
+
+
+def build(
+    feedback: Sequence[Feedback], params: IngestParams, seed: int, lengths: Lengths
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the two tables. Raises DataError where there are too few for a split."""
+    splits = params.splits
+    groups = components(feedback, texts_of)
+    given = share_out(groups, _shares(splits), random.Random(derive(seed, "splits")))
+    prompts = list(_prompts(given.pop("prompts"), params.prompts, random.Random(derive(seed, "openings"))))
+    short = [prompt for prompt in prompts if lengths.prompt(prompt.prompt, prompt.format) <= params.max_prompt_tokens]
+    prompt_rows = [_prompt_row(prompt, split, lengths) for split, prompt in _split_prompts(short, splits, seed)]
+    pair_rows: list[Row] = []
+    for split, parts in given.items():
+        rows = [*_stated_pairs(parts, split, lengths), *_rated_pairs(parts, split, params, seed, lengths)]
+        if not rows:
+            raise DataError(f"too few texts: no pairs for {split}", "ingest.splits", "add data, or change the shares")
+        pair_rows += rows
+    return pair_rows, prompt_rows
+
+
+def opening(text: str, params: PromptParams, draw: random.Random) -> str | None:
+    """The first few words of a text, or None if nothing would be left to continue."""
+    words = list(re.finditer(r"\S+", text))
+    most = min(params.max_words, len(words) - 1)
+    if most < params.min_words:
+        return None
+    return text[: words[draw.randint(params.min_words, most) - 1].end()]
+
+
+def _shares(splits: SplitParams) -> dict[str, float]:
+    kept = 1 - splits.held_out
+    return {
+        "reward_train": splits.reward * kept,
+        "reward_eval": splits.reward * splits.held_out,
+        "judge_train": splits.judge * kept,
+        "judge_eval": splits.judge * splits.held_out,
+        "prompts": 1 - splits.reward - splits.judge,
+    }
+
+
+def _prompts(groups: Iterable[Sequence[Feedback]], params: PromptParams, draw: random.Random) -> Iterator[Prompt]:
+    """The prompts of pairs that have one; the opening of the text, or of the preferred one, where there is none."""
+    for group in groups:
+        name = _digest(*texts_of(group[0]))
+        for item in group:
+            if isinstance(item, Preference) and item.prompt:
+                yield Prompt(item.format, item.prompt, item.source, name)
+            elif start := opening(item.text if isinstance(item, RatedText) else item.chosen, params, draw):
+                yield Prompt("text", start, item.source, name)
+
+
+def _split_prompts(prompts: Iterable[Prompt], splits: SplitParams, seed: int) -> Iterator[tuple[str, Prompt]]:
+    """Different prompts with their split. `dev` and `test` have exactly their number, and no group in common."""
+    unlike = distinct(prompts, lambda prompt: (prompt.format, normal(prompt.prompt)))
+    groups = [list(group) for _, group in groupby(unlike, key=lambda prompt: prompt.group)]
+    groups = random.Random(derive(seed, "prompts")).sample(groups, len(groups))
+    wanted = {"test": splits.test, "dev": splits.dev}
+    given = take_exactly(groups, wanted, rest="ppo")
+    counts = {split: sum(map(len, parts)) for split, parts in given.items()}
+    if any(counts[split] != n for split, n in wanted.items()) or not counts["ppo"]:
+        raise DataError(
+            f"too few texts: {len(unlike)} different prompts give {counts}, needed are {wanted} and some for ppo",
+            "ingest.splits",
+            "add data, lower dev and test, or lower the shares of reward and judge",
+        )
+    for split in ("ppo", *wanted):
+        yield from ((split, prompt) for group in given[split] for prompt in group)
+
+
+def _stated_pairs(groups: Iterable[Sequence[Feedback]], split: str, lengths: Lengths) -> Iterator[Row]:
+    for group in groups:
+        name = _digest(*texts_of(group[0]))
+        yield from (_pair_row(item, name, split, lengths) for item in group if isinstance(item, Preference))
+
+
+def _rated_pairs(
+    groups: Iterable[Sequence[Feedback]], split: str, params: IngestParams, seed: int, lengths: Lengths
+) -> Iterator[Row]:
+    """Pairs of rated texts. Those of different sources are not compared: their scales may differ."""
+    rated = [item for group in groups for item in group if isinstance(item, RatedText)]
+    for source in dict.fromkeys(item.source for item in rated):
+        texts = [item for item in rated if item.source == source]
+        draw = random.Random(derive(seed, "pairing", split, source))
+        for pairs in rated_groups(texts, params.pairing.group_size, params.pairing.min_gap, draw):
+            name = _digest(*(pair.chosen.text for pair in pairs))
+            for chosen, rejected, margin, target in pairs:
+                pair = Preference("text", "", chosen.text, rejected.text, margin, target, chosen.row, source)
+                yield _pair_row(pair, name, split, lengths)
+
+
+def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row:
+    before = lengths.prompt(pair.prompt, pair.format)
+    return {
+        "pair_id": _digest(pair.format, pair.prompt, pair.chosen, pair.rejected),
+        "format": pair.format,
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "margin": float(pair.margin),
+        "target": float(pair.target),
+        "chosen_tokens": before + lengths.response(pair.chosen),
+        "rejected_tokens": before + lengths.response(pair.rejected),
+        "source": pair.source,
+        "group": group,
+        "split": split,
+    }
+
+
+def _prompt_row(prompt: Prompt, split: str, lengths: Lengths) -> Row:
+    return {
+        "prompt_id": _digest(prompt.format, prompt.prompt),
+        "format": prompt.format,
+        "prompt": prompt.prompt,
+        "tokens": lengths.prompt(prompt.prompt, prompt.format),
+        "source": prompt.source,
+        "group": prompt.group,
+        "split": split,
+    }
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,229 @@
+"""The four formats of human feedback, each row checked against its schema; all bad rows of a file in one pass."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from tasks.rows import BadRows, parse_json, read_rows, read_tabs
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers, and which one people preferred."""
+
+    format: Literal["text", "chat"]
+    prompt: str
+    """Plain text, "" for none; for chat a JSON array of {"role", "content"}."""
+    chosen: str
+    rejected: str
+    margin: float
+    target: float
+    """Probability that a person prefers `chosen`."""
+    row: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class RatedText:
+    """A text and what single people thought of it."""
+
+    text: str
+    ratings: tuple[float, ...]
+    row: int
+    source: str = ""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.ratings) / len(self.ratings)
+
+
+def read_feedback(path: Path, format: str, bad: BadRows) -> Iterator[Preference | RatedText]:
+    """The good rows of a JSONL, CSV or Parquet file in one of the formats; the others go to `bad`."""
+    schema = _SCHEMAS[format]
+    for number, row in read_rows(path, bad, _JSON_COLUMNS[format]):
+        try:
+            # A null is a field that is not there.
+            yield schema.model_validate({k: v for k, v in row.items() if v is not None}).parsed(number)
+        except ValidationError as error:
+            _report(error, number, bad)
+
+
+def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: BadRows) -> Iterator[RatedText]:
+    """Tab-separated (id, mean, text) joined by id with (id, mean, deviation, [ratings])."""
+    known: dict[str, list[float]] = {}
+    for number, (key, _, _, cell) in read_tabs(ratings, 4, bad_ratings):
+        try:
+            known[key] = _NUMBERS.validate_python(parse_json(cell))
+        except ValidationError as error:
+            _report(error, number, bad_ratings)
+        except ValueError as error:
+            bad_ratings.add(number, f"is no list of numbers: {error}", "write [1, 2, 3]", "ratings")
+    for number, (key, _, text) in read_tabs(texts, 3, bad):
+        if key not in known:
+            bad.add(number, f"has no ratings under the id {key!r}", f"add them to {bad_ratings.label}", "id")
+            continue
+        try:
+            yield _Rated.model_validate({"text": text, "ratings": known[key]}).parsed(number)
+        except ValidationError as error:
+            _report(error, number, bad)
+
+
+def _readable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_readable)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Numbers = Annotated[list[Number], Field(min_length=1)]
+_NUMBERS = TypeAdapter(Numbers, config=ConfigDict(strict=True))
+
+
+class _Schema(BaseModel):
+    # Strict: "3" is no number. Fields of other names are the user's own business.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _Rated(_Schema):
+    text: Text
+    ratings: Numbers
+
+    def parsed(self, row: int) -> RatedText:
+        return RatedText(self.text.strip(), tuple(self.ratings), row)
+
+
+class _Message(_Schema):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class _Pair(_Schema):
+    margin: Annotated[Number, Field(ge=0)] = 1.0
+    target: Annotated[Number, Field(ge=0, le=1)] = 1.0
+
+
+Prompt = Annotated[
+    Annotated[str, AfterValidator(lambda text: text and _readable(text)), Tag("as text")]
+    | Annotated[list[_Message], Field(min_length=1), Tag("as messages")],
+    Discriminator(lambda value: "as messages" if isinstance(value, list) else "as text"),
+]
+
+
+class _Preference(_Pair):
+    prompt: Prompt = ""
+    chosen: Text
+    rejected: Text
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        _refuse_same(self.chosen, self.rejected)
+        return self
+
+    def parsed(self, row: int) -> Preference:
+        if isinstance(self.prompt, str):
+            return Preference("text", self.prompt, self.chosen, self.rejected, self.margin, self.target, row)
+        return Preference("chat", _json(self.prompt), self.chosen, self.rejected, self.margin, self.target, row)
+
+
+class _Messages(_Pair):
+    prompt: list[_Message] = []
+    chosen: Annotated[list[_Message], Field(min_length=1)]
+    rejected: Annotated[list[_Message], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _differ_in_the_last_reply(self) -> Self:
+        if {self.chosen[-1].role, self.rejected[-1].role} != {"assistant"}:
+            raise ValueError("a conversation does not end with a reply of the assistant")
+        if self.chosen[:-1] != self.rejected[:-1]:
+            raise ValueError("the conversations differ before their last message")
+        if not self.prompt and len(self.chosen) == 1:
+            raise ValueError("there is no message before the reply")
+        _refuse_same(self.chosen[-1].content, self.rejected[-1].content)
+        return self
+
+    def parsed(self, row: int) -> Preference:
+        prompt = _json([*self.prompt, *self.chosen[:-1]])
+        chosen, rejected = self.chosen[-1].content, self.rejected[-1].content
+        return Preference("chat", prompt, chosen, rejected, self.margin, self.target, row)
+
+
+class _Dialogues(_Schema):
+    """hh-rlhf's conversations, each one text."""
+
+    chosen: Text
+    rejected: Text
+
+    def parsed(self, row: int) -> Preference:
+        conversations = {"chosen": _turns(self.chosen), "rejected": _turns(self.rejected)}
+        return _Messages.model_validate(conversations).parsed(row)
+
+
+_SCHEMAS: dict[str, type[_Rated | _Preference | _Messages | _Dialogues]] = {
+    "ratings": _Rated,
+    "preferences": _Preference,
+    "messages": _Messages,
+    "hh": _Dialogues,
+}
+# Cells of a CSV that are numbers or arrays.
+_JSON_COLUMNS = {
+    "ratings": ("ratings",),
+    "preferences": ("margin", "target"),
+    "messages": ("prompt", "chosen", "rejected", "margin", "target"),
+    "hh": (),
+}
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _turns(text: str) -> list[dict[str, str]]:
+    """Messages of a text with `Human:` and `Assistant:` turns; what stands before the first is a turn of no role."""
+    before, *parts = _TURN.split(text.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": "none", "content": before}, *turns] if before else turns
+
+
+def _refuse_same(chosen: str, rejected: str) -> None:
+    if chosen.strip() == rejected.strip():
+        raise ValueError("chosen and rejected are the same")
+
+
+def _json(messages: list[_Message]) -> str:
+    return json.dumps([message.model_dump() for message in messages], ensure_ascii=False)
+
+
+def _report(error: ValidationError, row: int, bad: BadRows) -> None:
+    for detail in error.errors(include_url=False):
+        # The tags of `Prompt` are no part of the user's file.
+        column = ".".join(str(part) for part in detail["loc"] if part not in ("as text", "as messages"))
+        what = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+        bad.add(row, what, _MENDS.get(detail["type"], "mend the row or leave it out"), column)
+
+
+_MENDS = {
+    "missing": "add the field",
+    "string_type": "write it as text",
+    "string_unicode": "replace the lone surrogate",
+    "list_type": "write a list",
+    "float_type": "write a number",
+    "finite_number": "write a finite number",
+}

@@ -1,0 +1,164 @@
+"""Stage `ingest`: fetch what params.yaml names, check it, and write the canonical data and the base models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tasks.base_models import write_judge, write_policy
+from tasks.canonical import Feedback, Lengths, build, without_duplicates
+from tasks.errors import DataError
+from tasks.formats import RatedText, read_feedback, read_rated_tables
+from tasks.params import DataSource, IngestParams, Params, SourceParams
+from tasks.rows import BadRows
+from tasks.sources import Fetched, fetch
+from tasks.stages import StageResult
+from tasks.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The good rows of one data source."""
+
+    source: DataSource
+    fetched: Fetched
+    items: list[Feedback]
+    left_out: int
+
+
+def run(params: Params, workspace: Workspace) -> StageResult:
+    """Write data/canonical, models/base and models/judge_base; on any error what was there before stays as it was."""
+    ingest = params.ingest
+    with _scratch(workspace) as scratch:
+        base, judge_base, canonical = scratch / "base", scratch / "judge_base", scratch / "canonical"
+        policy = fetch(ingest.policy, workspace, scratch)
+        lengths = Lengths(write_policy(policy, base, ingest, workspace))
+        judge = fetch(ingest.judge, workspace, scratch)
+        write_judge(judge, judge_base)
+        read = [_read(source, ingest, workspace, scratch, lengths) for source in ingest.data]
+        feedback = without_duplicates(item for part in read for item in part.items)
+        pairs, prompts = map(pd.DataFrame, build(feedback, ingest, params.seed, lengths))
+        canonical.mkdir()
+        pairs.to_parquet(canonical / workspace.pairs.name, index=False)
+        prompts.to_parquet(canonical / workspace.prompts.name, index=False)
+        origins = [
+            _origin("policy", ingest.policy, policy),
+            _origin("judge", ingest.judge, judge),
+            *map(_data_origin, read),
+        ]
+        (canonical / workspace.provenance.name).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
+        places = {canonical: workspace.canonical, base: workspace.base_model, judge_base: workspace.judge_base}
+        _put_in_place(places, scratch)
+    return _result(read, len(feedback), pairs, prompts)
+
+
+def _read(source: DataSource, params: IngestParams, workspace: Workspace, scratch: Path, lengths: Lengths) -> _Read:
+    """Raises DataError that lists the bad rows of a file, up to twenty."""
+    fetched = fetch(source, workspace, scratch)
+    bad = BadRows(fetched.label)
+    others: list[BadRows] = []
+    rows: Iterator[Feedback]
+    if source.ratings_file:
+        ratings = fetch(source, workspace, scratch, file=source.ratings_file)
+        others = [BadRows(ratings.label)]
+        rows = read_rated_tables(fetched.path, bad, ratings.path, others[0])
+    else:
+        rows = read_feedback(fetched.path, source.format, bad)
+    items = [
+        replace(item, source=source.source)
+        for item in islice(rows, source.max_rows)
+        if _fits(item, params, lengths, bad)
+    ]
+    drop = source.bad_rows == "drop"
+    left_out = sum(found.settle(drop) for found in (*others, bad))
+    if not items:
+        raise DataError("holds no usable rows", fetched.label, "check the file, and `format` in params.yaml")
+    log.info("%s: %d rows", fetched.label, len(items))
+    return _Read(source, fetched, items, left_out)
+
+
+def _fits(item: Feedback, params: IngestParams, lengths: Lengths, bad: BadRows) -> bool:
+    """Whether the policy can read the row; a silent cut would change what people rated."""
+    before = bad.rows
+    if isinstance(item, RatedText):
+        prompt, texts = lengths.prompt("", "text"), {"text": item.text}
+    else:
+        try:
+            prompt = lengths.prompt(item.prompt, item.format)
+        except ValueError as error:
+            bad.add(item.row, str(error), "use a model with a fitting template, or mend the row", "prompt")
+            return False
+        texts = {"chosen": item.chosen, "rejected": item.rejected}
+        if prompt > params.max_prompt_tokens:
+            what = f"is {prompt} tokens long, allowed are {params.max_prompt_tokens}"
+            bad.add(item.row, what, "shorten it, or raise ingest.max_prompt_tokens", "prompt")
+    for column, text in texts.items():
+        if (tokens := prompt + lengths.response(text)) > params.max_text_tokens:
+            what = f"is with its prompt {tokens} tokens long, allowed are {params.max_text_tokens}"
+            bad.add(item.row, what, "shorten it, or raise ingest.max_text_tokens", column)
+    return bad.rows == before
+
+
+def _origin(name: str, source: SourceParams, fetched: Fetched) -> dict[str, Any]:
+    return {
+        "name": name,
+        "source": source.source,
+        "version": fetched.version,
+        "file": source.file or fetched.label,
+        "sha256": fetched.sha256,
+        "licence": source.licence,
+        "rows": None,
+        "format": "gguf" if fetched.path.suffix == ".gguf" else "transformers",
+    }
+
+
+def _data_origin(read: _Read) -> dict[str, Any]:
+    return _origin("data", read.source, read.fetched) | {"rows": len(read.items), "format": read.source.format}
+
+
+@contextmanager
+def _scratch(workspace: Workspace) -> Iterator[Path]:
+    """A folder on the same file system as the outputs, gone afterwards; what a killed run left is removed."""
+    workspace.work.mkdir(parents=True, exist_ok=True)
+    for stale in workspace.work.glob("ingest-*"):
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(dir=workspace.work, prefix="ingest-") as folder:
+        yield Path(folder)
+
+
+def _put_in_place(places: dict[Path, Path], scratch: Path) -> None:
+    for new, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            place.replace(scratch / f"old-{place.name}")
+        new.replace(place)
+
+
+def _result(read: Iterable[_Read], texts: int, pairs: pd.DataFrame, prompts: pd.DataFrame) -> StageResult:
+    rows = sum(len(part.items) for part in read)
+    metrics = {
+        "rows": rows,
+        "duplicates_dropped": rows - texts,
+        "bad_rows_dropped": sum(part.left_out for part in read),
+        "pairs": {"all": len(pairs), **_counts(pairs)},
+        "prompts": {"all": len(prompts), **_counts(prompts)},
+        "mean_margin": float(pairs["margin"].mean()),
+        "mean_target": float(pairs["target"].mean()),
+    }
+    return StageResult(metrics, f"{rows} rows gave {len(pairs)} pairs and {len(prompts)} prompts")
+
+
+def _counts(table: pd.DataFrame) -> dict[str, int]:
+    return {str(split): int(n) for split, n in table["split"].value_counts(sort=False).items()}

