@@ -158,9 +158,14 @@ def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> 
         raise ValueError("an accuracy needs at least one pair")
     p = float(correct.mean())
     m = n if groups is None else _independent_cases(correct - p, np.asarray(groups))
-    centre = (p + Z**2 / (2 * m)) / (1 + Z**2 / m)
-    half = Z / (1 + Z**2 / m) * np.sqrt(p * (1 - p) / m + Z**2 / (4 * m**2))
-    return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    return Interval(p, *wilson(p, m), n)
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """The interval (low, high) around a share `p` of `n` independent cases."""
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def expected_calibration_error(
