@@ -132,12 +132,11 @@ def _sources(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
 
 def _counts(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
     counts = pairs["split"].value_counts().rename_axis("split").reset_index(name="pairs")
-    training = counts["split"].str.endswith("_train")
     return pd.DataFrame(
         {
             "place": file + ":split " + counts["split"],
-            "training_pairs": counts["pairs"].where(training),
-            "held_out_pairs": counts["pairs"].where(~training),
+            "training_pairs": counts["pairs"].where(counts["split"].str.endswith("_train")),
+            "held_out_pairs": counts["pairs"].where(counts["split"].str.endswith("_eval")),
         }
     )
 

@@ -18,8 +18,7 @@ from tasks.expectations import PAIR_SPLITS, PROMPT_SPLITS, Finding
 TITLE = "Data validation"
 LEAD = "What the preference data must satisfy before anything is trained on it, and whether it does."
 PICTURES = {
-    "pairs": "How clearly people preferred: pairs by rating gap (left), and the share of raters who prefer the chosen "
-    "text as the gap grows (right; one half would be chance, and the size of a dot the number of pairs).",
+    "pairs": "How clearly people preferred. Right: one half is chance, and a dot is as large as the pairs are many.",
     "lengths": "Lengths in tokens of the policy, by split: the middle half of the rows, and 5 to 95 % of them.",
 }
 EXCERPT = 160
@@ -81,7 +80,7 @@ def _verdict(findings: Sequence[Finding]) -> tuple[bool, str]:
     warned = f", with {_count(warnings, 'warning')}" if warnings else ""
     if critical:
         return False, f"The data is not fit for training: {_count(critical, 'critical expectation')} broken{warned}."
-    return True, f"The data is fit for training: no critical expectation of {len(findings)} is broken{warned}."
+    return True, f"The data is fit for training: {_count(len(findings) - warnings, 'expectation')} hold{warned}."
 
 
 def _key_figures(figures: dict[str, Any]) -> list[tuple[str, object, str]]:
@@ -96,7 +95,7 @@ def _key_figures(figures: dict[str, Any]) -> list[tuple[str, object, str]]:
 
 def _breaches(findings: Sequence[Finding]) -> Table:
     rows: list[list[object]] = [
-        [_state(finding), f"{finding.name}: {finding.says}", _extent(finding), _places(finding), finding.mend]
+        [_state(finding), f"{finding.name}: {finding.says}", finding.extent, _places(finding), finding.mend]
         for finding in sorted(findings, key=lambda finding: finding.severity)
         if not finding.ok
     ]
@@ -105,8 +104,7 @@ def _breaches(findings: Sequence[Finding]) -> Table:
 
 def _all(findings: Sequence[Finding]) -> Table:
     return ["", "expectation", "what it says", "severity", "rows", "broken"], [
-        [_state(f), f.name, f.says, f.severity, f.checked, f.failed if f.checked is not None else int(not f.ok)]
-        for f in findings
+        [_state(f), f.name, f.says, f.severity, f.checked, f.failed] for f in findings
     ]
 
 
@@ -195,10 +193,6 @@ def _state(finding: Finding) -> Markup:
     if finding.ok:
         return pages.badge("holds", "good")
     return pages.badge("critical", "bad") if finding.critical else pages.badge("warning", "warn")
-
-
-def _extent(finding: Finding) -> str:
-    return f"{finding.failed:,} of {finding.checked:,} rows" if finding.failed else finding.observed
 
 
 def _places(finding: Finding) -> str:

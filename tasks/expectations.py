@@ -2,7 +2,7 @@
 
 The sole home of Great Expectations. A suite covers one table; an expectation carries in its `meta` a name, what it
 says in plain words, and the mend. Facts that need more than one row or table (is this text in another split too?)
-are columns that `tasks.validate` derives before it asks.
+are columns that `tasks.data_facts` derives beforehand.
 
 Great Expectations reports `success=False` for a breach, for a breach that only warns, and for an expectation that
 could not be evaluated; `check` keeps the three apart.
@@ -101,9 +101,10 @@ class Finding:
     ok: bool
     checked: int | None
     """Rows looked at; None where the expectation is about the table as a whole."""
-    failed: int | None
-    observed: str
-    """The figure that a whole-table expectation saw."""
+    failed: int
+    """Rows that break it; 1 where the table as a whole does."""
+    extent: str
+    """How far it is broken: how many rows, or the figure that was found."""
     examples: tuple[Example, ...]
     """The first offending rows."""
 
@@ -170,7 +171,7 @@ def pairs_suite(params: Params) -> list[Any]:
           for column in ("chosen_tokens", "rejected_tokens")),
         _within("pairs", "margin", 0, limits.max_margin,
                 "margins are rating gaps: correct the source, or set validate.max_margin to the width of its scale"),
-        _within("pairs", "target", 0, 1, "a target is the share of raters who prefer `chosen`: correct the source"),
+        _within("pairs", "target", 0, 1, "targets are shares of raters: correct the source"),
         _expect(gxe.ExpectColumnMeanToBeBetween, "pairs.longer_wins",
                 f"the longer text wins in at most {longer:.0%} of the pairs, and in at least {shorter:.0%}",
                 "length would be the lesson: balance the pairs by length, or watch length in the evaluation",
@@ -208,7 +209,7 @@ def sources_suite() -> list[Any]:
     """On one row a source: its mean target."""
     return [
         _expect(gxe.ExpectColumnValuesToBeBetween, "sources.chosen_preferred",
-                "in every source raters prefer `chosen` more often than not",
+                "in every source raters prefer the chosen text more often than not",
                 "chosen and rejected look exchanged in this source", column="mean_target", min_value=0.5, field=""),
     ]  # fmt: skip
 
@@ -231,13 +232,13 @@ def counts_suite(params: Params) -> list[Any]:
 def _common(table: str, splits: Sequence[str]) -> list[Any]:
     key = next(iter(COLUMNS[table]))
     return [
-        *(_expect(gxe.ExpectColumnValuesToNotBeNull, f"{table}.present.{column}", f"`{column}` is never missing",
+        *(_expect(gxe.ExpectColumnValuesToNotBeNull, f"{table}.present.{column}", f"{column} is never missing",
                   INGEST_MEND, column=column) for column in COLUMNS[table]),
-        _expect(gxe.ExpectColumnValuesToBeUnique, f"{table}.id_unique", f"`{key}` names one row", INGEST_MEND,
+        _expect(gxe.ExpectColumnValuesToBeUnique, f"{table}.id_unique", f"{key} names one row", INGEST_MEND,
                 column=key),
-        _expect(gxe.ExpectColumnValuesToBeInSet, f"{table}.format_known", "`format` is text or chat", INGEST_MEND,
+        _expect(gxe.ExpectColumnValuesToBeInSet, f"{table}.format_known", "format is text or chat", INGEST_MEND,
                 column="format", value_set=["text", "chat"]),
-        _expect(gxe.ExpectColumnValuesToBeInSet, f"{table}.split_known", f"`split` is one of {', '.join(splits)}",
+        _expect(gxe.ExpectColumnValuesToBeInSet, f"{table}.split_known", f"split is one of {', '.join(splits)}",
                 INGEST_MEND, column="split", value_set=list(splits)),
         _expect(gxe.ExpectColumnDistinctValuesToContainSet, f"{table}.splits_filled", "every split has rows",
                 "too little data for ingest.splits: add data or change the shares", column="split",
@@ -249,12 +250,12 @@ def _common(table: str, splits: Sequence[str]) -> list[Any]:
 
 
 def _not_blank(table: str, column: str) -> Any:
-    return _expect(gxe.ExpectColumnValuesToMatchRegex, f"{table}.not_blank.{column}", f"`{column}` is not blank",
+    return _expect(gxe.ExpectColumnValuesToMatchRegex, f"{table}.not_blank.{column}", f"{column} is not blank",
                    "write the text or remove the row from its source", column=column, regex=r"\S")  # fmt: skip
 
 
 def _within(table: str, column: str, low: float, high: float, mend: str) -> Any:
-    return _expect(gxe.ExpectColumnValuesToBeBetween, f"{table}.{column}", f"`{column}` is between {low} and {high:g}",
+    return _expect(gxe.ExpectColumnValuesToBeBetween, f"{table}.{column}", f"{column} is between {low} and {high:g}",
                    mend, column=column, min_value=low, max_value=high)  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def _finding(table: str, result: Any) -> Finding:
     error = _exception(result.exception_info)
     if error:
         raise RuntimeError(f"{meta['name']} could not be evaluated: {error}")
+    checked = outcome.get("element_count")
     return Finding(
         name=meta["name"],
         table=table,
@@ -283,9 +285,9 @@ def _finding(table: str, result: Any) -> Finding:
         mend=meta["mend"],
         severity="critical" if result.expectation_config.severity.value == "critical" else "warning",
         ok=bool(result.success),
-        checked=outcome.get("element_count"),
-        failed=outcome.get("unexpected_count"),
-        observed=_observed(outcome),
+        checked=checked,
+        failed=int(not result.success) if checked is None else outcome["unexpected_count"],
+        extent=_observed(outcome) if checked is None else f"{outcome['unexpected_count']:,} of {checked:,} rows",
         examples=tuple(_example(row, meta["field"]) for row in outcome.get("unexpected_index_list", [])[:EXAMPLES]),
     )
 
@@ -305,10 +307,8 @@ def _exception(info: Mapping[str, Any]) -> str | None:
 
 
 def _observed(outcome: Mapping[str, Any]) -> str:
-    mismatch = outcome.get("details", {}).get("mismatched", {})
-    if mismatch:
-        return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sorted(mismatch.items()))
-    if outcome.get("partial_missing_list"):
-        return f"missing: {', '.join(outcome['partial_missing_list'])}"
-    value = outcome.get("observed_value")
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    """What a whole-table expectation saw: a mean, or the values that are missing from a set or foreign to it."""
+    if isinstance(outcome.get("observed_value"), float):
+        return f"found {outcome['observed_value']:.3g}"
+    differences = {"missing": outcome.get("partial_missing_list"), "foreign": outcome.get("partial_unexpected_list")}
+    return "; ".join(f"{kind}: {', '.join(values)}" for kind, values in differences.items() if values)

@@ -167,7 +167,7 @@ def embed_pictures(markdown: str, folder: Path) -> str:
 
 
 def show(value: object) -> str:
-    """A value for a person: 1,234 and 0.123; a missing one is a dash."""
+    """A value for a person: 12,345 and 0.123, about three digits, alike down a column; a missing one is a dash."""
     if value is None or (isinstance(value, Real) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
@@ -175,9 +175,16 @@ def show(value: object) -> str:
     if isinstance(value, Integral):
         return f"{int(value):,}"
     if isinstance(value, Real):
-        number = float(value)
-        return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+        return _decimal(float(value))
     return value if isinstance(value, str) else str(value)
+
+
+def _decimal(number: float) -> str:
+    size = abs(number)
+    if 0 < size < 0.001:
+        return f"{number:.2g}"
+    places = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{number:,.{places}f}"
 
 
 def _data_uri(svg_file: bytes) -> str:

@@ -25,24 +25,34 @@ from tasks.workspace import Workspace
 
 def run(params: Params, workspace: Workspace) -> StageResult:
     """Check the canonical data. Raises DataError that names every critical breach and its first offending rows."""
-    files = {path.stem: str(path.relative_to(workspace.root)) for path in (workspace.pairs, workspace.prompts)}
-    findings = check(
-        {table: _schema(workspace.root / file, file) for table, file in files.items()},
-        {table: expectations.schema_suite(table) for table in files},
-    )
-    tables: Tables = {}
-    # With the wrong columns or types every further question would be nonsense or an exception.
-    if all(finding.ok for finding in findings):
-        tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts), files)
-        findings += check(tables, _suites(params))
+    findings, tables = examine(params, workspace)
     figures = describe(tables) if tables else {}
     markdown = data_report.write(workspace.report("validate"), findings, tables, figures)
     result = StageResult(_metrics(findings, figures), _summary(findings), {"markdown": markdown})
     breaches = [finding for finding in findings if finding.critical]
     if breaches:
         write_metrics("validate", result, workspace)
-        raise DataError([_problem(finding, files) for finding in breaches])
+        raise DataError([_problem(finding, _files(workspace)) for finding in breaches])
     return result
+
+
+def examine(params: Params, workspace: Workspace) -> tuple[list[Finding], Tables]:
+    """What came of every expectation, and the tables it was asked of: none if already the schema does not hold."""
+    files = _files(workspace)
+    findings = check(
+        {table: _schema(workspace.root / file, file) for table, file in files.items()},
+        {table: expectations.schema_suite(table) for table in files},
+    )
+    # With the wrong columns or types every further question would be nonsense or an exception.
+    if not all(finding.ok for finding in findings):
+        return findings, {}
+    tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts), files)
+    return findings + check(tables, _suites(params)), tables
+
+
+def _files(workspace: Workspace) -> dict[str, str]:
+    """The canonical tables, by what their files are called in messages."""
+    return {path.stem: str(path.relative_to(workspace.root)) for path in (workspace.pairs, workspace.prompts)}
 
 
 def _suites(params: Params) -> dict[str, list[Any]]:
@@ -82,8 +92,7 @@ def _metrics(findings: Sequence[Finding], figures: dict[str, Any]) -> dict[str, 
             "warnings": sum(finding.warning for finding in findings),
             "critical": sum(finding.critical for finding in findings),
         },
-        # Of a whole-table expectation that fails, 1.
-        "failed": {f.name: f.failed or 1 for f in findings if not f.ok},
+        "failed": {finding.name: finding.failed for finding in findings if not finding.ok},
         **figures,
     }
 
@@ -103,7 +112,6 @@ def _summary(findings: Sequence[Finding]) -> str:
 
 
 def _problem(finding: Finding, files: dict[str, str]) -> Problem:
-    extent = f"{finding.failed:,} of {finding.checked:,} rows break it" if finding.failed else finding.observed
     places = ", ".join(example.place for example in finding.examples)
     where = places or files["prompts" if finding.table == "prompts" else "pairs"]
-    return Problem(f"{finding.name}: expected that {finding.says}; {extent}", where, finding.mend)
+    return Problem(f"{finding.name}: expected that {finding.says}; {finding.extent}", where, finding.mend)
