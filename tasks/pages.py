@@ -153,7 +153,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 def markdown_text(text: str) -> str:
     """Text of any origin, such that Markdown shows it as it is, on one line."""
     plain = text.striptags() if isinstance(text, Markup) else text
-    escaped = re.sub(r"([\\`*{}\[\]<>|~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
+    escaped = re.sub(r"([\\`*{}\[\]<>&|~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
     return re.sub(r"\s*\n\s*", " ⏎ ", escaped)
 
 
