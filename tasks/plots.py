@@ -35,13 +35,14 @@ def cycles_figure(cycles: pd.DataFrame, kl_budget: float, result_cycle: int | No
         gains.set(title="Gain over the reference", ylabel=SD)
         for role, name, colour, marker in ROLES:
             _curve(gains, table, f"{role}_gain", label=name, color=colour, marker=marker)
-        rates.set(title="Judge prefers the aligned model", ylabel="share of prompts", ylim=(0.4, 1.02))
+        rates.set(title="Judge prefers the aligned model", ylabel="share of prompts")
         _curve(rates, table, "judge_win_rate", color=JUDGE, marker="s")
         _level(rates, 0.5, "no better than chance")
+        _shares(rates)
         divergence.set(title="KL to the reference", ylabel="nats a response")
         _curve(divergence, table, "kl", color=pages.BLACK, marker="o")
         _level(divergence, kl_budget, "budget")
-        divergence.set_ylim(bottom=0)
+        divergence.set_ylim(0, 1.12 * divergence.get_ylim()[1])
         for axes in (gains, rates, divergence):
             _cycles_axis(axes, table, result_cycle)
         _legend(gains)
@@ -116,8 +117,9 @@ def reward_model_figure(metrics: dict[str, Any]) -> Figure:
             places = [gaps.index((b["low"], b["high"])) + shift for b in metrics[role]["by_margin"]]
             _accuracies(left, places, metrics[role]["by_margin"], label=name, **style)
             _calibration(right, metrics[role]["calibration"], label=f"{name} (ECE {metrics[role]['ece']:.3f})", **style)
-        left.set_ylim(0.4, 1.02)
-        right.set(xlim=(0.49, 1.01), ylim=(0.4, 1.02))
+        right.set_xlim(0.49, 1.01)
+        for axes in (left, right):
+            _shares(axes)
         _legend(left, "lower right")
         _legend(right, "lower right")
     return fig
@@ -156,6 +158,11 @@ def _level(axes: Axes, height: float, name: str) -> None:
         name, (1, height), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
         ha="right", fontsize=8.5, color="#57606A",
     )  # fmt: skip
+
+
+def _shares(axes: Axes) -> None:
+    """The upper half of the shares, and what lies lower only if something does."""
+    axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.02)
 
 
 def _cycles_axis(axes: Axes, table: pd.DataFrame, result_cycle: int | None) -> None:
