@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,29 +16,29 @@ MARGIN_EDGES = (0, 1, 2, 3, 4)
 Tables = dict[str, pd.DataFrame]
 
 
-def derive(pairs: pd.DataFrame, prompts: pd.DataFrame, files: Mapping[str, str]) -> Tables:
+def derive(pairs: pd.DataFrame, prompts: pd.DataFrame) -> Tables:
     """The tables that the suites ask about, with what needs more than one row as columns of their own.
 
     A derived column that is empty in good rows names the trouble in bad ones: `opposite` the contradicting pair,
-    `text_splits` the splits that share a text. `files` are what the tables are called in messages.
+    `text_splits` the splits that share a text. `place` says where a row lies: file:row.
     """
     pairs = pairs.assign(
-        place=_places(files["pairs"], pairs["pair_id"]),
+        place=_places("pairs", pairs["pair_id"]),
         unreadable_prompt=_unreadable(pairs, none_allowed=True),
         opposite=_opposites(pairs),
         longer_wins=(np.sign(pairs["chosen_tokens"] - pairs["rejected_tokens"]) + 1) / 2,
         near_tie=(pairs["target"] - 0.5).abs() < NEAR_TIE,
     )
     prompts = prompts.assign(
-        place=_places(files["prompts"], prompts["prompt_id"]),
+        place=_places("prompts", prompts["prompt_id"]),
         unreadable_prompt=_unreadable(prompts, none_allowed=False),
     )
     return {
         "pairs": pairs,
         "prompts": prompts,
         "texts": _texts(pairs, prompts),
-        "sources": _sources(pairs, files["pairs"]),
-        "counts": _counts(pairs, files["pairs"]),
+        "sources": _sources(pairs),
+        "splits": _splits(pairs),
     }
 
 
@@ -64,9 +63,10 @@ def describe(tables: Tables) -> dict[str, Any]:
     }
 
 
-def _places(file: str, ids: pd.Series) -> pd.Series:
+def _places(table: str, ids: pd.Series) -> pd.Series:
     """file:row for every row; a row without an id goes by its number."""
-    return file + ":" + ids.fillna("row " + (ids.index + 1).astype("str").to_series(ids.index))
+    numbers = pd.Series([f"row {i}" for i in range(1, len(ids) + 1)], ids.index, "str")
+    return f"{table}.parquet:" + ids.fillna(numbers)
 
 
 def _unreadable(frame: pd.DataFrame, none_allowed: bool) -> pd.Series:
@@ -125,16 +125,16 @@ def _shared_by(texts: pd.DataFrame, key: str) -> pd.Series:
     return texts[key].map(several.groupby(key)["split"].agg(", ".join))
 
 
-def _sources(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
+def _sources(pairs: pd.DataFrame) -> pd.DataFrame:
     means = pairs.groupby("source", as_index=False)["target"].mean()
-    return pd.DataFrame({"place": file + ":source " + means["source"], "mean_target": means["target"]})
+    return pd.DataFrame({"place": "pairs.parquet:source " + means["source"], "mean_target": means["target"]})
 
 
-def _counts(pairs: pd.DataFrame, file: str) -> pd.DataFrame:
+def _splits(pairs: pd.DataFrame) -> pd.DataFrame:
     counts = pairs["split"].value_counts().rename_axis("split").reset_index(name="pairs")
     return pd.DataFrame(
         {
-            "place": file + ":split " + counts["split"],
+            "place": "pairs.parquet:split " + counts["split"],
             "training_pairs": counts["pairs"].where(counts["split"].str.endswith("_train")),
             "held_out_pairs": counts["pairs"].where(counts["split"].str.endswith("_eval")),
         }

@@ -196,7 +196,7 @@ def _state(finding: Finding) -> Markup:
 
 
 def _places(finding: Finding) -> str:
-    return "\n".join(f"{example.place}  {_excerpt(example.value)}".strip() for example in finding.examples)
+    return "\n".join(f"{example.place} — {_excerpt(example.value)}" for example in finding.examples)
 
 
 def _excerpt(text: str) -> str:

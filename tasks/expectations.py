@@ -83,7 +83,7 @@ class ExpectColumnPairValuesToDiffer(ColumnPairMapExpectation):  # type: ignore[
 
 @dataclass(frozen=True)
 class Example:
-    """One offending row: `place` is file:row:field."""
+    """One offending row: `place` is file:row:field, `value` what is there."""
 
     place: str
     value: str
@@ -214,7 +214,7 @@ def sources_suite() -> list[Any]:
     ]  # fmt: skip
 
 
-def counts_suite(params: Params) -> list[Any]:
+def splits_suite(params: Params) -> list[Any]:
     """On one row a split that holds pairs: their number under `training_pairs` or `held_out_pairs`."""
     least = params.validation.min_pairs
     mend = "add data, widen the split in ingest.splits, or lower validate.min_pairs"
@@ -287,7 +287,9 @@ def _finding(table: str, result: Any) -> Finding:
         ok=bool(result.success),
         checked=checked,
         failed=int(not result.success) if checked is None else outcome["unexpected_count"],
-        extent=_observed(outcome) if checked is None else f"{outcome['unexpected_count']:,} of {checked:,} rows",
+        extent=_observed(outcome)
+        if checked is None
+        else f"{outcome['unexpected_count']:,} of {checked:,} rows break it",
         examples=tuple(_example(row, meta["field"]) for row in outcome.get("unexpected_index_list", [])[:EXAMPLES]),
     )
 
@@ -295,7 +297,7 @@ def _finding(table: str, result: Any) -> Finding:
 def _example(row: Mapping[str, Any], field: str | None) -> Example:
     values = {column: value for column, value in row.items() if column != "place"}
     field = ",".join(values) if field is None else field
-    return Example(f"{row['place']}:{field}".rstrip(":"), " | ".join(map(str, values.values())))
+    return Example(f"{row['place']}:{field}".rstrip(":"), " | ".join(map(str, values.values())).strip() or "(blank)")
 
 
 def _exception(info: Mapping[str, Any]) -> str | None:

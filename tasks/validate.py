@@ -32,27 +32,22 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     breaches = [finding for finding in findings if finding.critical]
     if breaches:
         write_metrics("validate", result, workspace)
-        raise DataError([_problem(finding, _files(workspace)) for finding in breaches])
+        raise DataError([_problem(finding) for finding in breaches])
     return result
 
 
 def examine(params: Params, workspace: Workspace) -> tuple[list[Finding], Tables]:
     """What came of every expectation, and the tables it was asked of: none if already the schema does not hold."""
-    files = _files(workspace)
+    files = (workspace.pairs, workspace.prompts)
     findings = check(
-        {table: _schema(workspace.root / file, file) for table, file in files.items()},
-        {table: expectations.schema_suite(table) for table in files},
+        {path.stem: _schema(path) for path in files},
+        {path.stem: expectations.schema_suite(path.stem) for path in files},
     )
     # With the wrong columns or types every further question would be nonsense or an exception.
     if not all(finding.ok for finding in findings):
         return findings, {}
-    tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts), files)
+    tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts))
     return findings + check(tables, _suites(params)), tables
-
-
-def _files(workspace: Workspace) -> dict[str, str]:
-    """The canonical tables, by what their files are called in messages."""
-    return {path.stem: str(path.relative_to(workspace.root)) for path in (workspace.pairs, workspace.prompts)}
 
 
 def _suites(params: Params) -> dict[str, list[Any]]:
@@ -62,22 +57,22 @@ def _suites(params: Params) -> dict[str, list[Any]]:
         "prompts": expectations.prompts_suite(params),
         "texts": expectations.texts_suite(),
         "sources": expectations.sources_suite(),
-        "counts": expectations.counts_suite(params),
+        "splits": expectations.splits_suite(params),
     }
 
 
-def _schema(path: Path, file: str) -> pd.DataFrame:
+def _schema(path: Path) -> pd.DataFrame:
     """One row a column of the file. Raises DataError if there is no such file or it is no Parquet."""
     try:
         schema = pq.read_schema(path)
     except FileNotFoundError:
-        raise DataError("no such file", file, "run `python -m tasks ingest` first") from None
+        raise DataError("no such file", str(path), "run `python -m tasks ingest` first") from None
     except pa.ArrowInvalid as error:
-        raise DataError(f"is not Parquet: {error}", file, "run `python -m tasks ingest` again") from error
+        raise DataError(f"is not Parquet: {error}", str(path), "run `python -m tasks ingest` again") from error
     known = COLUMNS[path.stem]
     return pd.DataFrame(
         {
-            "place": [f"{file}:{column.name}" for column in schema],
+            "place": [f"{path.name}:{column.name}" for column in schema],
             "column": schema.names,
             "found": [f"{column.name}: {column.type}" if column.name in known else None for column in schema],
         }
@@ -111,7 +106,6 @@ def _summary(findings: Sequence[Finding]) -> str:
     )
 
 
-def _problem(finding: Finding, files: dict[str, str]) -> Problem:
-    places = ", ".join(example.place for example in finding.examples)
-    where = places or files["prompts" if finding.table == "prompts" else "pairs"]
-    return Problem(f"{finding.name}: expected that {finding.says}; {finding.extent}", where, finding.mend)
+def _problem(finding: Finding) -> Problem:
+    where = ", ".join(example.place for example in finding.examples) or f"{finding.table}.parquet"
+    return Problem(f"{finding.name}: expected that {finding.says}, but {finding.extent}", where, finding.mend)

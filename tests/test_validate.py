@@ -241,8 +241,8 @@ def test_a_breach_stops_with_the_rows_and_the_mend_and_leaves_the_rest_alone(dat
 
     assert caught.value.exit_code == 3
     blank, margin = caught.value.problems
-    assert blank.where == "data/canonical/pairs.parquet:pair3:chosen"
-    assert margin.where == "data/canonical/pairs.parquet:pair3:margin, data/canonical/pairs.parquet:pair10:margin"
+    assert blank.where == "pairs.parquet:pair3:chosen"
+    assert margin.where == "pairs.parquet:pair3:margin, pairs.parquet:pair10:margin"
     assert "2 of 40 rows" in margin.what
     assert "validate.max_margin" in margin.mend
     metrics = json.loads(workspace.metrics("validate").read_text())
