@@ -88,6 +88,8 @@ def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: Bad
 def _readable(text: str) -> str:
     if "\0" in text:
         raise ValueError("holds a NUL character")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("holds a lone surrogate, which is no character")
     if not text.strip():
         raise ValueError("is empty")
     return text
@@ -222,7 +224,6 @@ def _report(error: ValidationError, row: int, bad: BadRows) -> None:
 _MENDS = {
     "missing": "add the field",
     "string_type": "write it as text",
-    "string_unicode": "replace the lone surrogate",
     "list_type": "write a list",
     "float_type": "write a number",
     "finite_number": "write a finite number",

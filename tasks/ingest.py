@@ -104,6 +104,7 @@ def _fits(item: Feedback, params: IngestParams, lengths: Lengths, bad: BadRows) 
         if prompt > params.max_prompt_tokens:
             what = f"is {prompt} tokens long, allowed are {params.max_prompt_tokens}"
             bad.add(item.row, what, "shorten it, or raise ingest.max_prompt_tokens", "prompt")
+            return False
     for column, text in texts.items():
         if (tokens := prompt + lengths.response(text)) > params.max_text_tokens:
             what = f"is with its prompt {tokens} tokens long, allowed are {params.max_text_tokens}"

@@ -7,11 +7,8 @@ asked for its settings only, and the files are found through the simple reposito
 from __future__ import annotations
 
 import ast
-import logging
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -37,8 +34,6 @@ PIPS_DEFAULT = "https://pypi.org/simple"
 _CHUNK = 1 << 20
 _MEND = "check the network and pip's settings (`pip config list`), then run again"
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Link:
@@ -60,7 +55,8 @@ class PackageIndex:
         self.settings = pip_settings()
         self.session = requests.Session()
         retry = Retry(total=2, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
-        self.session.mount("https://", HTTPAdapter(max_retries=retry))
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
         if proxy := self.settings.get("proxy"):
             self.session.proxies = {"http": proxy, "https": proxy}
         self.session.cert = self.settings.get("client-cert")
@@ -68,23 +64,22 @@ class PackageIndex:
     def find(self, name: str, version: str, kind: str, sha256: str) -> Link:
         """The wheel or sdist of a release that has this digest.
 
-        Raises DataError if there is none, or only others; ServiceError if no index answers.
+        Raises DataError if there is none, or only others; ServiceError if an index that might have it does not answer.
         """
+        links, silent = self._links(name)
+        offered = [link for link in links if _is(link.filename, name, version, kind)]
+        for link in sorted(offered, key=lambda link: not link.sha256):
+            if link.sha256 in (sha256, ""):
+                return link
+        if silent:
+            raise ServiceError("; ".join(silent), f"package index, looking for {name}", _MEND)
         release = f"{name}=={version}"
-        offered = [link for link in self._links(name) if _is(link.filename, name, version, kind)]
-        matching = [link for link in offered if link.sha256 in (sha256, "")]
-        if matching:
-            return matching[0]
         if offered:
             found = ", ".join(sorted({link.sha256 for link in offered}))
-            raise DataError(
-                f"the {kind} has changed: expected sha256 {sha256}, the index offers {found}",
-                release,
-                "find out why before you pin another digest in params.yaml",
-            )
-        raise DataError(
-            f"the package index has no {kind} of it", release, "check name, version and `distribution` in params.yaml"
-        )
+            what = f"the {kind} has changed: expected sha256 {sha256}, the index offers {found}"
+            raise DataError(what, release, "find out why before you pin another digest in params.yaml")
+        what = f"the package index has no {kind} of it"
+        raise DataError(what, release, "check name, version and `distribution` in params.yaml")
 
     def download(self, link: Link, target: Path) -> None:
         """Write the file to `target`, showing progress. Raises ServiceError."""
@@ -102,21 +97,16 @@ class PackageIndex:
         except requests.RequestException as error:
             raise ServiceError(f"the download broke off: {_cause(error)}", link.filename, _MEND) from error
 
-    def _links(self, name: str) -> Iterator[Link]:
-        """Links on every page for this project. One silent index is passed over if another answers."""
-        failures, answered = [], 0
+    def _links(self, name: str) -> tuple[list[Link], list[str]]:
+        """Links on every page for this project, and the pages that do not answer, with why."""
+        links: list[Link] = []
+        silent = []
         for page in self._pages(name):
             try:
-                found = self._read(page)
+                links += self._read(page)
             except requests.RequestException as error:
-                failures.append(f"{_without_credentials(page)}: {_cause(error)}")
-                continue
-            answered += 1
-            yield from found
-        if failures and not answered:
-            raise ServiceError("; ".join(failures), f"package index, looking for {name}", _MEND)
-        for failure in failures:
-            log.warning("no answer from %s", failure)
+                silent.append(f"{_without_credentials(page)} does not answer ({_cause(error)})")
+        return links, silent
 
     def _pages(self, name: str) -> list[str]:
         indexes = [self.settings.get("index-url", PIPS_DEFAULT), *self.settings.get("extra-index-url", "").split()]
@@ -142,13 +132,13 @@ class PackageIndex:
         trusted = urlsplit(url).hostname in self.settings.get("trusted-host", "").split()
         timeout = float(self.settings.get("timeout", self.settings.get("default-timeout", 15)))
         verify = False if trusted else self.settings.get("cert")
-        return self.session.get(url, timeout=timeout, verify=verify, **options)  # type: ignore[arg-type]
+        return self.session.get(url, timeout=(min(timeout, 10), timeout), verify=verify, **options)  # type: ignore[arg-type]
 
 
 def pip_settings() -> dict[str, str]:
     """What pip is configured to use: its environment variables before its files, `download.` before `global.`."""
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, env=os.environ
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     )
     if listed.returncode:
         raise ServiceError(f"pip does not tell its settings: {listed.stderr.strip()}", mend="install pip")

@@ -37,8 +37,8 @@ def rated_groups(
 ) -> Iterator[list[RatedPair]]:
     """Shuffle the texts into groups of `group_size`, and compare all texts of a group with each other.
 
-    Yields, group by group, the pairs whose mean ratings differ, and by `min_gap` at least: training can then read a text
-    once that several pairs share (Ouyang et al. 2022, section 3.5). The last group may be smaller.
+    Yields, group by group, the pairs whose mean ratings differ, and by `min_gap` at least: training can then read once
+    what several pairs share (Ouyang et al. 2022, section 3.5). The last group may be smaller.
     """
     shuffled = draw.sample(texts, len(texts))
     for start in range(0, len(shuffled), group_size):
