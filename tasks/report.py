@@ -6,10 +6,8 @@ Both are written from the same sections, so that neither says more than the othe
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
-from tasks import pages, plots
-from tasks.fingerprint import environment
-from tasks.params import Params, dump_params
+from tasks import lineage, pages, plots
+from tasks.params import Params
 from tasks.responses import Responses
 from tasks.workspace import Workspace
 
@@ -66,6 +63,12 @@ PICTURES = {
     "scores": "All answers to the test prompts, by score; dashed lines are means. 0 is the mean human-written text.",
 }
 
+ENDINGS = {
+    "cycles": "all cycles that were asked for",
+    "target": "the alignment target reached",
+    "kl_budget": "the KL budget spent",
+}
+
 Table = tuple[Sequence[str], list[list[object]]]
 
 
@@ -86,12 +89,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, in the order text, pictures, table."""
+    """A part of the report; what it has stands in this order."""
 
     title: str
     text: str = ""
-    pictures: tuple[str, ...] = ()
     table: Table | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()
 
 
 def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Workspace) -> str:
@@ -118,9 +122,9 @@ def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
     rate, low, high = (metrics[f"judge_win_rate{end}"] for end in ("", "_low", "_high"))
     text = (
         f"Of {metrics['n']:,} test prompts the judge prefers the aligned model in {_percent(rate)} "
-        f"[{_percent(low)}, {_percent(high)}]. The reward model sees {_sd(metrics['reward_gain'])}, the judge "
-        f"{_sd(metrics['judge_gain'])}: it confirms {metrics['judge_share']:.0%} of the gain, "
-        f"at a KL of {metrics['kl']:.1f} nats."
+        f"[{_percent(low)}, {_percent(high)}]. The reward model sees a gain of {_sd(metrics['reward_gain'])}, "
+        f"the judge of {_sd(metrics['judge_gain'])}: it confirms {_percent(metrics['judge_share'])}. "
+        f"KL to the reference: {metrics['kl']:.1f} nats."
     )
     if low <= 0.5:
         text += " The judge prefers the reference." if high < 0.5 else " That may be chance."
@@ -131,14 +135,14 @@ def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
 
 def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, object, str]]:
     def between(key: str, show: Any) -> str:
-        return f"95 %: {show(metrics[f'{key}_low'])} to {show(metrics[f'{key}_high'])}"
+        return f"95 % interval: {show(metrics[f'{key}_low'])} to {show(metrics[f'{key}_high'])}"
 
     return [
         ("Judge win rate", _percent(metrics["judge_win_rate"]), between("judge_win_rate", _percent)),
         ("Judge gain", _sd(metrics["judge_gain"]), between("judge_gain", _sd)),
         ("Reward gain", _sd(metrics["reward_gain"]), between("reward_gain", _sd)),
-        ("Confirmed by the judge", f"{metrics['judge_share']:.0%}", between("judge_share", "{:.0%}".format)),
-        ("KL to the reference", f"{metrics['kl']:.1f} nats", f"budget {params.ppo.kl_budget:g}"),
+        ("Judge confirms", _percent(metrics["judge_share"]), between("judge_share", _percent)),
+        ("KL to the reference", f"{metrics['kl']:.1f} nats", f"the budget is {params.ppo.kl_budget:g}"),
     ]
 
 
@@ -154,7 +158,15 @@ def _pictures(evaluation: Evaluation, params: Params) -> dict[str, Figure]:
 
 def _results(evaluation: Evaluation) -> list[Section]:
     metrics, ppo = evaluation.metrics, evaluation.ppo
-    course = f"{ppo['cycles']} cycles, ended by {ppo['stopped_by']}; cycle {ppo['result_cycle']} is the result."
+    course = (
+        f"Training ended after cycle {ppo['cycles']}, with {ENDINGS[ppo['stopped_by']]}. "
+        f"Cycle {ppo['result_cycle']} is the result."
+    )
+    repeated = (
+        f"The same answers, whatever anyone thinks of them. Repetition differs by "
+        f"{metrics['repetition_difference']:+.4f} [{metrics['repetition_difference_low']:+.4f}, "
+        f"{metrics['repetition_difference_high']:+.4f}]; a relative change says little where both are near 0."
+    )
     preference: list[list[object]] = [
         [name, metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"], meaning]
         for key, name, meaning in PREFERENCE
@@ -166,12 +178,12 @@ def _results(evaluation: Evaluation) -> list[Section]:
     ]
     intervals = f"{metrics['n']:,} test prompts; low and high bound the figure at 95 % (paired bootstrap over prompts)."
     return [
-        Section("Is it better?", intervals, ("scores",), (["figure", "value", "low", "high", "meaning"], preference)),
-        Section("How it got there", course, ("curves", "overoptimisation", "language")),
         Section(
-            "Is it still language?",
-            "The same answers, whatever anyone thinks of them.",
-            table=(["figure", "reference", "aligned", "change (%)", "meaning"], language),
+            "Is it better?", intervals, (["figure", "value", "low", "high", "meaning"], preference), {}, ("scores",)
+        ),
+        Section("How it got there", course, pictures=("curves", "overoptimisation", "language")),
+        Section(
+            "Is it still language?", repeated, (["figure", "reference", "aligned", "change (%)", "meaning"], language)
         ),
     ]
 
@@ -183,46 +195,33 @@ def _examples(samples: pd.DataFrame, params: Params) -> list[Section]:
     gain = (samples["judge_policy"] - samples["judge_reference"]).sort_values(ascending=False, kind="stable")
     draw = np.random.default_rng(derive(params.seed, "evaluate", "samples"))
     blind = draw.choice(len(samples), count - 2 * extreme, replace=False)
-    return [
-        Section(
-            "Answers drawn at random",
-            "All of them are in reports/samples.parquet.",
-            table=_answers(samples.iloc[blind]),
-        ),
-        Section("Largest gains by the judge", table=_answers(samples.loc[gain.index[:extreme]])),
-        Section("Largest losses by the judge", table=_answers(samples.loc[gain.index[::-1][:extreme]])),
+    sections = [
+        Section("Answers drawn at random", "All are in reports/samples.parquet.", _answers(samples.iloc[blind]))
     ]
+    if extreme:
+        sections += [
+            Section("Largest gains by the judge", table=_answers(samples.loc[gain.index[:extreme]])),
+            Section("Largest losses by the judge", table=_answers(samples.loc[gain.index[::-1][:extreme]])),
+        ]
+    return sections
 
 
 def _answers(samples: pd.DataFrame) -> Table:
-    scores = ["judge_reference", "judge_policy", "reward_reference", "reward_policy"]
-    return ["prompt", "reference", "aligned", "judge before", "after", "reward before", "after"], [
+    return ["prompt", "reference", "aligned", "judge", "reward"], [
         [
-            _shown(_turns(row["prompt"])),
-            _shown(row["reference"]),
-            _shown(row["policy"]),
-            *(round(row[s], 2) for s in scores),
+            *(_shown(text) for text in (_turns(row["prompt"]), row["reference"], row["policy"])),
+            *(f"{row[f'{role}_reference']:+.2f} → {row[f'{role}_policy']:+.2f}" for role in ("judge", "reward")),
         ]
         for row in samples.to_dict("records")
     ]
 
 
 def _lineage(evaluation: Evaluation, params: Params, workspace: Workspace) -> list[Section]:
-    provenance = json.loads(workspace.provenance.read_text(encoding="utf-8"))
-    columns = ["name", "source", "version", "licence", "rows", "sha256"]
-    sources: list[list[object]] = [[entry.get(column) for column in columns] for entry in provenance]
-    made: dict[str, object] = {
-        "git commit": _commit(workspace.root),
-        "MLflow run": evaluation.metrics["mlflow_run_id"],
-        "fingerprint of the training": evaluation.ppo["fingerprint"],
-        "python": platform.python_version(),
-        **environment(),
-    }
-    flat = pd.json_normalize(dump_params(params), sep=".").iloc[0].to_dict()
+    recorded = {"MLflow run": evaluation.metrics["mlflow_run_id"], "fingerprint": evaluation.ppo["fingerprint"]}
     return [
-        Section("What it was made from", table=(columns, sources)),
-        Section("What made it", table=(["", ""], [[key, str(value)] for key, value in made.items()])),
-        Section("Parameters", table=(["parameter", "value"], [[key, str(value)] for key, value in flat.items()])),
+        Section("What it was made from", table=lineage.sources(workspace)),
+        Section("What made it", facts=recorded | lineage.made_by(workspace)),
+        Section("Parameters", facts=lineage.parameters(params)),
     ]
 
 
@@ -230,14 +229,20 @@ def _html(section: Section, drawn: dict[str, Figure]) -> list[Markup]:
     blocks = [pages.heading(section.title)]
     if section.text:
         blocks.append(pages.paragraph(section.text))
-    blocks += [pages.figure(drawn[name], PICTURES[name]) for name in section.pictures]
-    return [*blocks, pages.table(*section.table)] if section.table else blocks
+    if section.table:
+        blocks.append(pages.table(*section.table))
+    if section.facts:
+        blocks.append(pages.facts(section.facts))
+    return [*blocks, *(pages.figure(drawn[name], PICTURES[name]) for name in section.pictures)]
 
 
 def _markdown(section: Section) -> str:
-    parts = [f"## {section.title}", section.text, *map(_picture, section.pictures)]
-    parts += [pages.markdown_table(*section.table)] if section.table else []
-    return "\n\n".join(part for part in parts if part)
+    parts = [f"## {section.title}", section.text]
+    if section.table:
+        parts.append(pages.markdown_table(*section.table))
+    if section.facts:
+        parts.append(pages.markdown_table(["", ""], list(map(list, section.facts.items()))))
+    return "\n\n".join(part for part in [*parts, *map(_picture, section.pictures)] if part)
 
 
 def _picture(name: str) -> str:
@@ -259,13 +264,6 @@ def _shown(text: str) -> str:
     # Every kind of line end becomes the one that the page and the Markdown know.
     text = "\n".join(text.strip().splitlines())
     return (text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…") or "(empty)"
-
-
-def _commit(root: Path) -> str:
-    """The commit, marked where tracked files differ from it; "none" outside a repository (a container image, say)."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "none"
 
 
 def _percent(share: float) -> str:
