@@ -1,0 +1,140 @@
+"""`file:` and `hub:` sources: only what was pinned, from where it may come."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import httpx
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from tasks import sources
+from tasks.errors import ConfigError, DataError, ServiceError
+from tasks.params import DataSource, SourceParams
+from tasks.sources import digest, fetch
+from tasks.workspace import Workspace
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def own(tmp_path):
+    workspace = Workspace(tmp_path / "checkout")
+    workspace.own_data.mkdir(parents=True)
+    (tmp_path / "scratch").mkdir()
+    return workspace
+
+
+@pytest.fixture
+def get(own, tmp_path):
+    """fetch() with the fixed arguments filled in."""
+    return functools.partial(fetch, workspace=own, scratch=tmp_path / "scratch")
+
+
+# file:
+
+
+def of_own(path, **more):
+    return SourceParams(source=f"file:{path}", **more)
+
+
+def test_a_file_of_ones_own_is_read_where_it_lies(own, get):
+    (own.own_data / "sub").mkdir()
+    file = own.own_data / "sub" / "a.jsonl"
+    file.write_bytes(b"{}")
+    fetched = get(of_own("sub", file="a.jsonl"))
+    assert (fetched.path, fetched.label) == (file, "data/own/sub/a.jsonl")
+    assert (
+        get(of_own("sub/a.jsonl", sha256=hashlib.sha256(b"{}").hexdigest())).sha256 == hashlib.sha256(b"{}").hexdigest()
+    )
+
+
+def test_a_changed_or_missing_file_of_ones_own_is_refused(own, get):
+    (own.own_data / "a.jsonl").write_bytes(b"{}")
+    found = hashlib.sha256(b"{}").hexdigest()
+    with pytest.raises(DataError, match=f"data/own/a.jsonl — has changed: expected sha256 {'1' * 64}, found {found}"):
+        get(of_own("a.jsonl", sha256="1" * 64))
+    with pytest.raises(DataError, match=r"data/own/b\.jsonl — there is no such file"):
+        get(of_own("b.jsonl"))
+
+
+def test_paths_and_links_that_leave_the_folder_are_refused_with_their_target(own, get, tmp_path):
+    outside = tmp_path / "outside.jsonl"
+    outside.write_bytes(b"{}")
+    (own.own_data / "link.jsonl").symlink_to(outside)
+    (own.own_data / "folder").mkdir()
+    (own.own_data / "folder" / "model.safetensors").symlink_to(outside)
+    for path in ("link.jsonl", "../../../outside.jsonl", str(outside), "folder"):
+        with pytest.raises(DataError, match=f"leads out of data/own, to {outside}"):
+            get(of_own(path))
+    (own.own_data / "real.jsonl").write_bytes(b"{}")
+    (own.own_data / "inner.jsonl").symlink_to(own.own_data / "real.jsonl")
+    assert get(of_own("inner.jsonl")).path.read_bytes() == b"{}"
+
+
+def test_the_digest_of_a_folder_covers_names_and_contents(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a").write_bytes(b"1")
+    first = digest(tmp_path / "f")
+    assert first == hashlib.sha256(f"{hashlib.sha256(b'1').hexdigest()}  a\n".encode()).hexdigest()
+    (tmp_path / "f" / "a").rename(tmp_path / "f" / "b")
+    assert digest(tmp_path / "f") != first
+
+
+# hub:
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """What `snapshot_download` was asked for; it answers with a folder."""
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path / "snapshot")
+
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    return asked
+
+
+def test_a_model_of_the_hub_is_fetched_at_its_commit_without_pickles(hub, get):
+    fetched = get(SourceParams(source=f"hub:some/model@{COMMIT}"))
+    assert (hub["name"], hub["repo_type"], hub["revision"]) == ("some/model", "model", COMMIT)
+    assert "*.safetensors" in hub["allow_patterns"]
+    assert not {"*", "*.bin", "*.pt", "*.py"} & set(hub["allow_patterns"])
+    assert fetched.version == COMMIT
+
+
+def test_a_data_file_of_the_hub_is_fetched_alone(hub, get, tmp_path):
+    (tmp_path / "snapshot" / "train.jsonl").write_bytes(b"{}")
+    fetched = get(DataSource(source=f"hub:some/data@{COMMIT}", file="train.jsonl", format="hh"))
+    assert (hub["repo_type"], hub["allow_patterns"]) == ("dataset", ["train.jsonl"])
+    assert fetched.sha256 == hashlib.sha256(b"{}").hexdigest()
+    with pytest.raises(DataError, match="holds no test"):
+        get(DataSource(source=f"hub:some/data@{COMMIT}", file="test.jsonl", format="hh"))
+
+
+def test_a_hub_source_must_say_commit_and_file(get):
+    with pytest.raises(ConfigError, match="revision 'main' can move"):
+        get(SourceParams(source="hub:some/model@main"))
+    with pytest.raises(ConfigError, match="which file"):
+        get(DataSource(source=f"hub:some/data@{COMMIT}", format="hh"))
+
+
+def test_a_hub_out_of_reach_is_a_service_error(get, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "snapshot_download", functools.partial(sources.snapshot_download, cache_dir=tmp_path))
+    with pytest.raises(ServiceError, match="some/model@"):
+        get(SourceParams(source=f"hub:some/model@{COMMIT}"))
+
+
+def test_a_repository_the_hub_does_not_know_is_a_data_error(get, monkeypatch):
+    def unknown(*_, **__):
+        raise RepositoryNotFoundError(
+            "no such repository", response=httpx.Response(404, request=httpx.Request("GET", "x:"))
+        )
+
+    monkeypatch.setattr(sources, "snapshot_download", unknown)
+    with pytest.raises(DataError, match="no such repository"):
+        get(SourceParams(source=f"hub:some/model@{COMMIT}"))
