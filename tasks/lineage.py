@@ -1,48 +1,61 @@
-"""What a result was made from and by: sources, commit, versions, parameters."""
+"""Where a run comes from, in words that can be recorded: its parameters, its code, its process."""
 
 from __future__ import annotations
 
-import json
-import platform
+import os
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.fingerprint import environment
-from tasks.params import Params, dump_params
-from tasks.workspace import Workspace
+import psutil  # type: ignore[import-untyped]
+
+HOST, PID, STARTED = "proximal.host", "proximal.pid", "proximal.process_started"
 
 
-def sources(workspace: Workspace) -> tuple[list[str], list[list[object]]]:
-    """Headers and rows of data/canonical/provenance.json."""
-    columns = ["name", "source", "version", "licence", "rows", "sha256"]
-    entries = json.loads(workspace.provenance.read_text(encoding="utf-8"))
-    return columns, [[entry.get(column) for column in columns] for entry in entries]
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted.key, leaf) of nested mappings and lists; an empty one is a leaf."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    inner = [(f"{prefix}.{key}" if prefix else str(key), child) for key, child in items]
+    if not inner:
+        yield prefix, value
+    for key, child in inner:
+        yield from flatten(child, key)
 
 
-def made_by(workspace: Workspace) -> dict[str, str]:
-    """The commit, and the versions of what computes."""
-    facts = {"git commit": commit(workspace.root), "python": platform.python_version(), **environment()}
-    return {name: str(value) for name, value in facts.items()}
+def numbers(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """The numbers among a stage's metrics; texts, gaps and tables stay in the report."""
+    for key, value in flatten(dict(metrics), prefix):
+        if isinstance(value, int | float):
+            yield key, float(value)
 
 
-def commit(root: Path) -> str:
-    """The checkout's commit, `-dirty` where tracked files differ from it; `none` where there is no repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "none"
+def git_tags(root: Path) -> dict[str, str]:
+    """The commit of the checkout and whether files differ from it; empty where there is no repository."""
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(bool(changes)).lower()} if commit else {}
 
 
-def parameters(params: Params) -> dict[str, str]:
-    """Every parameter as `section.key`."""
-    return dict(_flat(dump_params(params)))
+def process_tags() -> dict[str, str]:
+    """Who is writing: host, process, and when that began, which tells it from a later one of the same number."""
+    return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: str(psutil.Process().create_time())}
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if inner is None:
-        yield key, str(value)
-        return
-    for name, child in inner:
-        yield from _flat(child, f"{key}.{name}" if key else str(name))
+def is_here(tags: Mapping[str, str]) -> bool:
+    """Whether the process of these tags belongs to this machine; of other machines nothing can be known."""
+    return tags.get(HOST) == socket.gethostname()
+
+
+def is_alive(tags: Mapping[str, str]) -> bool:
+    """Whether the process of these tags, on this machine, still runs."""
+    try:
+        began: float = psutil.Process(int(tags[PID])).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return abs(began - float(tags[STARTED])) < 2
+
+
+def _git(root: Path, *command: str) -> str:
+    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False).stdout.strip()

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
-from tasks import lineage, pages, plots
+from tasks import origin, pages, plots
 from tasks.params import Params
 from tasks.responses import Responses
 from tasks.workspace import Workspace
@@ -219,9 +219,9 @@ def _answers(samples: pd.DataFrame) -> Table:
 def _lineage(evaluation: Evaluation, params: Params, workspace: Workspace) -> list[Section]:
     recorded = {"MLflow run": evaluation.metrics["mlflow_run_id"], "fingerprint": evaluation.ppo["fingerprint"]}
     return [
-        Section("What it was made from", table=lineage.sources(workspace)),
-        Section("What made it", facts=recorded | lineage.made_by(workspace)),
-        Section("Parameters", facts=lineage.parameters(params)),
+        Section("What it was made from", table=origin.sources(workspace)),
+        Section("What made it", facts=recorded | origin.made_by(workspace)),
+        Section("Parameters", facts=origin.parameters(params)),
     ]
 
 

@@ -1,0 +1,38 @@
+"""What a result was made from and by: sources, commit, versions, parameters."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from tasks.fingerprint import environment
+from tasks.lineage import flatten
+from tasks.params import Params, dump_params
+from tasks.workspace import Workspace
+
+
+def sources(workspace: Workspace) -> tuple[list[str], list[list[object]]]:
+    """Headers and rows of data/canonical/provenance.json."""
+    columns = ["name", "source", "version", "licence", "rows", "sha256"]
+    entries = json.loads(workspace.provenance.read_text(encoding="utf-8"))
+    return columns, [[entry.get(column) for column in columns] for entry in entries]
+
+
+def made_by(workspace: Workspace) -> dict[str, str]:
+    """The commit, and the versions of what computes."""
+    facts = {"git commit": commit(workspace.root), "python": platform.python_version(), **environment()}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def commit(root: Path) -> str:
+    """The checkout's commit, `-dirty` where tracked files differ from it; `none` where there is no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "none"
+
+
+def parameters(params: Params) -> dict[str, str]:
+    """Every parameter as `section.key`."""
+    return {key: str(value) for key, value in flatten(dump_params(params))}
