@@ -14,7 +14,7 @@ import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion as ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -45,7 +45,7 @@ def log_cycle_model(
         description = Path(folder) / "base.json"
         description.write_text(json.dumps(base, indent=2), encoding="utf-8")
         artifacts = {"weights": weights, "base": description}
-        return log_model(client, run, f"policy-cycle-{cycle}", artifacts, sampling, {"cycle": str(cycle)}, step=cycle)
+        return log_model(client, run, f"policy-cycle-{cycle}", artifacts, sampling, cycle)
 
 
 def log_model(
@@ -54,15 +54,17 @@ def log_model(
     name: str,
     artifacts: Mapping[str, Path],
     sampling: SamplingConfig,
-    params: Mapping[str, str],
     step: int,
 ) -> LoggedModel:
-    """A ready model of this name in the run, its files uploaded. One that was begun and not finished is finished."""
+    """A ready model of this name in the run, its files uploaded; one that was begun and not finished is finished.
+
+    `step` is the cycle whose weights it holds.
+    """
     found = client.search_logged_models(
         [run.info.experiment_id], f"source_run_id = '{run.info.run_id}' AND name = '{name}'", max_results=1
     )
     model = found[0] if found else client.create_logged_model(
-        run.info.experiment_id, name, run.info.run_id, params=dict(params), model_type="policy"
+        run.info.experiment_id, name, run.info.run_id, params={"cycle": str(step)}, model_type="policy"
     )  # fmt: skip
     if model.status != LoggedModelStatus.READY:
         with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +93,9 @@ def create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    # By its location: for `models:/ID` MLflow asks the process-wide tracking address, which is not ours.
     created = client.create_model_version(
-        name, f"models:/{model.model_id}", model.source_run_id, tags=dict(tags), model_id=model.model_id
+        name, model.artifact_location, model.source_run_id, tags=dict(tags), model_id=model.model_id
     )
     if created.status != "READY":
         raise IntegrityError(f"is {created.status}, not READY", f"{name} version {created.version}", "register again")

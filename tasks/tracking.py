@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,8 +27,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from tasks import registry
 from tasks.errors import Locked, ServiceError, TrainingHealthError
-from tasks.lineage import HOST, PID, flatten, git_tags, is_alive, is_here, process_tags
 from tasks.params import Params, dump_params
+from tasks.run_tags import HOST, PID, flatten, git_tags, is_alive, is_here, numbers, process_tags
 from tasks.workspace import Workspace
 
 EXPERIMENT = "alignment"
@@ -137,26 +139,28 @@ class Tracker:
 
     def log_stage(self, stage: str, metrics: Mapping[str, Any], report: Path | None = None) -> None:
         """Record what a stage found: its numbers as STAGE.x, its report folder as artifacts."""
-        figures = dict(_numbers(metrics, stage))
+        figures = dict(numbers(metrics, stage))
         _check_finite(figures, stage)
-        known = self.client.get_run(self.run_id).data.metrics
         now = int(time.time() * 1000)
-        fresh = [Metric(key, value, now, 0) for key, value in figures.items() if known.get(key) != value]
-        self.client.log_batch(self.run_id, metrics=fresh)
-        if report is not None and report.is_dir():
-            self.client.log_artifacts(self.run_id, str(report), f"reports/{stage}")
+        with service(self.client):
+            known = self.client.get_run(self.run_id).data.metrics
+            fresh = [Metric(key, value, now, 0) for key, value in figures.items() if known.get(key) != value]
+            self.client.log_batch(self.run_id, metrics=fresh)
+            if report is not None and report.is_dir():
+                self.client.log_artifacts(self.run_id, str(report), f"reports/{stage}")
 
     def close(self, status: Status) -> None:
         """End the run. Raises ServiceError where cycles could not be recorded for want of a server."""
         self._monitor.finish()
         self._catch_up()
         if not self._unrecorded:
-            self.client.set_terminated(self.run_id, status)
+            with service(self.client):
+                self.client.set_terminated(self.run_id, status)
             return
         cycles = ", ".join(str(cycle) for cycle, _, _ in self._unrecorded)
         raise ServiceError(
             f"MLflow went away: cycles not recorded: {cycles}",
-            self.client.tracking_uri,
+            _public(self.client.tracking_uri),
             "nothing is lost; run the stage again when it answers, and they are recorded then",
         )
 
@@ -168,9 +172,9 @@ class Tracker:
         for key in known.tags:
             if key.startswith(CHANGED) and key.removeprefix(CHANGED) not in changed:
                 self.client.delete_tag(self.run_id, key)
-        tags = (
-            process_tags() | git_tags(self._workspace.root) | {CHANGED + key: value for key, value in changed.items()}
-        )
+        # Code that matters is part of the fingerprint: the commit at which the run began goes on being true.
+        code = {key: value for key, value in git_tags(self._workspace.root).items() if key not in known.tags}
+        tags = code | process_tags() | {CHANGED + key: value for key, value in changed.items()}
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         fresh = [Param(key, value) for key, value in given.items() if key not in known.params]
         for start in range(0, len(fresh), 100):  # the most that MLflow takes at once
@@ -182,14 +186,11 @@ class Tracker:
     def _catch_up(self) -> None:
         while self._unrecorded:
             try:
-                self._record_cycle(*self._unrecorded[0])
-            except (MlflowException, requests.RequestException):
-                try:
-                    _probe(self.client.tracking_uri)
-                except ServiceError as error:
-                    log.warning("%s; the cycle is recorded when it is back", error)
-                    return
-                raise
+                with service(self.client):
+                    self._record_cycle(*self._unrecorded[0])
+            except ServiceError as error:
+                log.warning("%s; the cycle is recorded when it is back", error)
+                return
             del self._unrecorded[0]
 
     def _record_cycle(self, cycle: int, figures: dict[str, float], weights: Path) -> None:
@@ -209,8 +210,25 @@ def _probe(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).raise_for_status()
     except requests.RequestException as error:
         raise ServiceError(
-            f"MLflow does not answer ({type(error).__name__})", uri, "start the server, or unset MLFLOW_TRACKING_URI"
+            f"MLflow does not answer ({type(error).__name__})",
+            _public(uri),
+            "start the server, or unset MLFLOW_TRACKING_URI",
         ) from error
+
+
+@contextmanager
+def service(client: MlflowClient) -> Iterator[None]:
+    """Turns what MLflow raises into ServiceError where the reason is that its server has gone."""
+    try:
+        yield
+    except (MlflowException, requests.RequestException):
+        _probe(client.tracking_uri)
+        raise
+
+
+def _public(uri: str) -> str:
+    """The address without the password that may stand in it."""
+    return re.sub(r"//[^@/]*@", "//", uri)
 
 
 def _experiment(client: MlflowClient, workspace: Workspace) -> str:
@@ -263,13 +281,6 @@ def _datasets(workspace: Workspace) -> Iterator[DatasetInput]:
 def _dataset(name: str, sha256: str, source: Mapping[str, Any], profile: str, context: str) -> DatasetInput:
     dataset = Dataset(name, sha256[:36], "local", json.dumps(source), profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _numbers(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers among a stage's metrics; texts, gaps and tables stay in the report."""
-    for key, value in flatten(dict(metrics), prefix):
-        if isinstance(value, int | float):
-            yield key, float(value)
 
 
 def _check_finite(figures: Mapping[str, float], where: str) -> None:

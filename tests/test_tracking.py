@@ -18,32 +18,24 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
+from stores import new_store
 from tiny import tiny_params, tiny_policy
 
 from tasks import tracking
 from tasks.cycle_model import load_policy
 from tasks.errors import Locked, ServiceError, TrainingHealthError
-from tasks.lineage import HOST, PID, STARTED
 from tasks.params import Params, check_params
+from tasks.run_tags import HOST, PID, STARTED
 from tasks.tracking import Tracker, record_exists
 from tasks.workspace import Workspace
 
 RECORD = {"cycle": 1, "dev/judge_win_rate": 0.625, "train/kl": 2.5}
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, made once: the migrations take seconds."""
-    workspace = Workspace(tmp_path_factory.mktemp("store"))
-    tracking.connect(workspace).search_experiments()
-    return workspace.root / "mlflow.db"
-
-
 @pytest.fixture
-def home(tmp_path: Path, empty_store: Path, policy_folder: Path) -> Workspace:
+def home(tmp_path: Path, policy_folder: Path) -> Workspace:
     """A folder with a database and a base model."""
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    workspace = Workspace(tmp_path)
+    workspace = new_store(Workspace(tmp_path))
     workspace.base_model.parent.mkdir()
     shutil.copytree(policy_folder, workspace.base_model)
     return workspace
@@ -119,8 +111,8 @@ def test_params_are_flat_and_cut_with_a_note(home: Workspace) -> None:
     assert "changed.ingest.data.0.licence" not in data.tags
 
 
-def test_data_and_code_are_recorded(workspace: Workspace, params: Params, empty_store: Path) -> None:
-    shutil.copy(empty_store, workspace.root / "mlflow.db")
+def test_data_and_code_are_recorded(workspace: Workspace, params: Params) -> None:
+    new_store(workspace)
     workspace.canonical.mkdir(parents=True)
     source = {"name": "ratings", "source": "file:r.jsonl", "sha256": "c" * 64, "licence": "MIT", "rows": 240}
     workspace.provenance.write_text(json.dumps([source]), encoding="utf-8")

@@ -1,0 +1,152 @@
+"""The page of a registered version: what a person needs to decide whether it replaces the champion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from tasks.pages import markdown_table, markdown_text, show
+from tasks.params import GateParams
+
+LIMIT = 5000
+"""Characters that MLflow's databases hold of a description; samples are shown as far as they fit."""
+TEXT = 160
+"""Characters shown of a text."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that the card says."""
+
+    uri: str
+    """Of the registered version, as MLflow loads it."""
+    metrics: Mapping[str, Mapping[str, Any]]
+    """Of the stages validate, reward_model, ppo and evaluate."""
+    rules: GateParams
+    breaches: Sequence[str]
+    """In words; none if the gate passed."""
+    provenance: Sequence[Mapping[str, Any]]
+    samples: pd.DataFrame
+    """prompt, reference, policy and the judge's scores, in the order of the test prompts."""
+    champion: tuple[str, Mapping[str, str]] | None
+    """Number and tags of the version that bears the alias now."""
+    lineage: Mapping[str, str]
+
+
+def write(evidence: Evidence) -> str:
+    """The card in Markdown, at most LIMIT characters."""
+    before = [_verdict(evidence), _results(evidence), _preferences(evidence), _data(evidence)]
+    after = [_origin(evidence), _use(evidence)]
+    room = LIMIT - sum(len(part) + 1 for part in (*before, *after))
+    return "\n".join([*before, _samples(evidence, room), *after])[:LIMIT]
+
+
+def _verdict(evidence: Evidence) -> str:
+    if not evidence.breaches:
+        return f"**Gate passed.** Waits for review: give it the alias `champion` to approve it.\n\n{_what(evidence)}\n"
+    reasons = "\n".join(f"- {markdown_text(words)}" for words in evidence.breaches)
+    return f"**Gate failed**, so this version has no alias:\n\n{reasons}\n\n{_what(evidence)}\n"
+
+
+def _what(evidence: Evidence) -> str:
+    ppo = evidence.metrics["ppo"]
+    return (
+        f"A language model aligned to human preferences with PPO: cycle {show(ppo.get('result_cycle'))} of "
+        f"{show(ppo.get('cycles'))}, training ended by {show(ppo.get('stopped_by'))}."
+    )
+
+
+def _results(evidence: Evidence) -> str:
+    """On the test prompts, against the model before alignment."""
+    found, rules = evidence.metrics["evaluate"], evidence.rules
+    name, other = evidence.champion or ("", {})
+    gates = {
+        "judge_win_rate": f"≥ {rules.min_judge_win_rate:g}, interval ≥ {rules.min_judge_win_rate_low:g}",
+        "judge_share": f"≥ {rules.min_judge_share:g}",
+        "kl": f"≤ {rules.max_kl:g}",
+        "distinct_2": f"within {rules.max_distinct2_change:.0%} of before",
+        "repetition": f"within {rules.max_repetition_change:.0%} of before",
+    }
+    labels = {
+        "judge_win_rate": "Judge win rate",
+        "reward_gain": "Reward-model gain, sd of human text",
+        "judge_gain": "Judge gain, sd of human text",
+        "judge_share": "Judge gain / reward-model gain",
+        "kl": "KL to the model before, nats a response",
+        "distinct_2": "Distinct-2",
+        "repetition": "Repetition of 3-grams",
+        "length": "Length, tokens",
+        "perplexity": "Perplexity under the model before",
+    }
+    headers = ["Figure", "After", "Before", "Gate", *([f"Champion (version {name})"] if name else [])]
+    rows = [
+        [label, _interval(found, key), found.get(f"{key}_reference"), gates.get(key, "")]
+        + ([other.get(key)] if name else [])
+        for key, label in labels.items()
+    ]
+    note = "\nThe champion's figures are those of its own evaluation.\n" if name else ""
+    prompts = show(found.get("n"))
+    return f"### Results on {prompts} test prompts, with 95 % intervals\n\n{markdown_table(headers, rows)}{note}"
+
+
+def _preferences(evidence: Evidence) -> str:
+    names = {"reward": "Reward model, which PPO maximised", "judge": "Judge, which trained nothing"}
+    found = evidence.metrics["reward_model"]
+    rows = [
+        [
+            label,
+            _interval(found.get(role, {}), "accuracy"),
+            found.get(role, {}).get("n"),
+            found.get(role, {}).get("ece"),
+        ]
+        for role, label in names.items()
+    ]
+    return (
+        "### Models of preference, on held-out pairs\n\n"
+        f"{markdown_table(['Model', 'Pair accuracy', 'Pairs', 'Calibration error'], rows)}"
+    )
+
+
+def _data(evidence: Evidence) -> str:
+    rows = [
+        [entry.get("name"), entry.get("source"), entry.get("version"), entry.get("licence"), entry.get("rows")]
+        for entry in evidence.provenance
+    ]
+    checks = evidence.metrics["validate"].get("expectations", {})
+    verdict = f"{show(checks.get('passed'))} of {show(checks.get('checked'))} expectations on the data held.\n"
+    return f"### Made from\n\n{markdown_table(['What', 'Source', 'Version', 'Licence', 'Rows'], rows)}\n{verdict}"
+
+
+def _samples(evidence: Evidence, room: int) -> str:
+    """The first test prompts, not chosen, as many as fit into `room` characters."""
+    headers = ["Prompt", "Before", "Judge", "After", "Judge"]
+    columns = ["prompt", "reference", "judge_reference", "policy", "judge_policy"]
+    rows = [[_short(cell) for cell in row] for row in evidence.samples[columns].head(8).itertuples(index=False)]
+    title = "### The first test prompts, before and after (judge's score in sd)\n\n"
+    while rows and len(title) + len(markdown_table(headers, rows)) + 1 > room:
+        rows.pop()
+    return title + markdown_table(headers, rows) if rows else ""
+
+
+def _origin(evidence: Evidence) -> str:
+    return "### Origin\n\n" + "\n".join(f"- {key}: `{value}`" for key, value in evidence.lineage.items()) + "\n"
+
+
+def _use(evidence: Evidence) -> str:
+    return (
+        "### Use\n\n```python\nimport mlflow\n"
+        f'mlflow.pyfunc.load_model("{evidence.uri}").predict(["The film"], params={{"max_new_tokens": 24}})\n```\n\n'
+        "Self-contained and offline. The run's artifacts hold the whole report (`reports/evaluate`).\n"
+    )
+
+
+def _interval(found: Mapping[str, Any], key: str) -> str:
+    value, low, high = (found.get(key + end) for end in ("", "_low", "_high"))
+    return show(value) if low is None or high is None else f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def _short(value: Any) -> Any:
+    return value[:TEXT] + "…" if isinstance(value, str) and len(value) > TEXT else value

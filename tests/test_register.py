@@ -1,0 +1,273 @@
+"""The gate, and the registry round trip on SQLite: what a version says, who gets the alias, and that it generates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from stores import new_store
+from tiny import tiny_params, tiny_policy
+
+from tasks import model_card, register, registry, tracking
+from tasks.errors import DataError, IntegrityError
+from tasks.params import GateParams, Params, check_params
+from tasks.register import gate
+from tasks.workspace import Workspace
+
+GOOD: dict[str, Any] = {
+    "judge_win_rate": 0.82,
+    "judge_win_rate_low": 0.78,
+    "judge_win_rate_high": 0.86,
+    "reward_gain": 1.5,
+    "reward_gain_low": 1.4,
+    "reward_gain_high": 1.6,
+    "judge_gain": 0.9,
+    "judge_gain_low": 0.8,
+    "judge_gain_high": 1.0,
+    "judge_share": 0.6,
+    "kl": 9.0,
+    "kl_low": 8.5,
+    "kl_high": 9.5,
+    "distinct_2": 0.66,
+    "distinct_2_reference": 0.7,
+    "repetition": 0.02,
+    "repetition_reference": 0.02,
+    "length": 23.0,
+    "length_reference": 24.0,
+    "perplexity": 14.0,
+    "perplexity_reference": 12.0,
+    "n": 400,
+}
+NAME = "aligned-policy"
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, policy_folder: Path) -> Workspace:
+    """A workspace as the evaluate stage leaves it."""
+    workspace = new_store(Workspace(tmp_path))
+    for folder in (workspace.canonical, workspace.policy.parent, tmp_path / "metrics", workspace.report("evaluate")):
+        folder.mkdir(parents=True)
+    shutil.copytree(policy_folder, workspace.policy)
+    write(workspace, "evaluate", GOOD)
+    write(workspace, "ppo", {"fingerprint": "a" * 16, "cycles": 8, "result_cycle": 7, "stopped_by": "cycles"})
+    role = {"accuracy": 0.85, "accuracy_low": 0.83, "accuracy_high": 0.87, "n": 1200, "ece": 0.02}
+    write(workspace, "reward_model", {"reward": role, "judge": role | {"accuracy": 0.875}})
+    write(workspace, "validate", {"expectations": {"checked": 31, "passed": 30}})
+    source = {"name": "ratings", "source": "pypi:ratings", "version": "3.3.2", "licence": "MIT", "rows": 10605}
+    workspace.provenance.write_text(json.dumps([source | {"sha256": "c" * 64}]), encoding="utf-8")
+    workspace.pairs.write_bytes(b"pairs")
+    workspace.prompts.write_bytes(b"prompts")
+    samples(400).to_parquet(workspace.samples)
+    (workspace.report("evaluate") / "report.html").write_text("<p>before and after</p>", encoding="utf-8")
+    return workspace
+
+
+def write(workspace: Workspace, stage: str, metrics: dict[str, Any]) -> None:
+    workspace.metrics(stage).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def samples(n: int, text: str = "is a | *film* [x](http://y)\nthat <b>moves</b>") -> pd.DataFrame:
+    scores = {f"{kind}_{who}": [0.25] * n for kind in ("reward", "judge") for who in ("reference", "policy")}
+    return pd.DataFrame(
+        {"prompt": [f"the film {i}" for i in range(n)], "reference": [text] * n, "policy": [text] * n} | scores
+    )
+
+
+def params(**rules: float) -> Params:
+    return check_params(tiny_params() | {"register": {"gate": rules}})
+
+
+def client(workspace: Workspace) -> MlflowClient:
+    return tracking.connect(workspace)
+
+
+def bearer(workspace: Workspace, alias: str) -> int:
+    """Number of the version that bears the alias (SQLite gives a number, a server a text)."""
+    return int(client(workspace).get_model_version_by_alias(NAME, alias).version)
+
+
+def test_a_good_evaluation_passes() -> None:
+    assert gate(GOOD, GateParams()) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("min_judge_win_rate", {"judge_win_rate": 0.7499}),
+        ("min_judge_win_rate_low", {"judge_win_rate_low": 0.6999}),
+        ("min_judge_share", {"judge_share": 0.4999}),
+        ("max_kl", {"kl": 15.001}),
+        ("max_distinct2_change", {"distinct_2": 0.55}),
+        ("max_distinct2_change", {"distinct_2": 0.85}),
+        ("max_repetition_change", {"repetition": 0.0241}),
+        ("max_repetition_change", {"repetition": 0.0159}),
+    ],
+)
+def test_each_rule_is_held_alone(rule: str, change: dict[str, float]) -> None:
+    (breach,) = gate(GOOD | change, GateParams())
+    assert breach.rule == rule
+    assert breach.threshold == getattr(GateParams(), rule)
+    assert f"{breach.figure:.4g}" in breach.words
+    assert f"{breach.threshold:g}" in breach.words
+
+
+def test_a_figure_at_the_threshold_passes() -> None:
+    edge = {"judge_win_rate": 0.75, "judge_win_rate_low": 0.7, "judge_share": 0.5, "kl": 15.0}
+    assert gate(GOOD | edge, GateParams()) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "0.9"])
+@pytest.mark.parametrize(
+    "figure", ["judge_win_rate", "judge_win_rate_low", "judge_share", "kl", "distinct_2", "repetition_reference"]
+)
+def test_a_figure_that_is_none_is_a_breach(figure: str, bad: Any) -> None:
+    (breach,) = gate(GOOD | {figure: bad}, GateParams())
+    assert breach.figure is None
+    assert "missing or not finite" in breach.words
+
+
+def test_no_figures_at_all_breach_every_rule() -> None:
+    assert {breach.rule for breach in gate({}, GateParams())} == set(GateParams.model_fields)
+
+
+def test_a_passed_gate_makes_the_candidate(evaluated: Workspace) -> None:
+    lock = {"stages": {"ppo": {"outs": [{"path": "models/policy", "md5": "d.dir"}]}}}
+    (evaluated.root / "dvc.lock").write_text(json.dumps(lock), encoding="utf-8")
+    result = register.run(params(), evaluated)
+    assert result.metrics == {
+        "mlflow_run_id": result.metrics["mlflow_run_id"],
+        "model_name": NAME,
+        "model_version": 1,
+        "gate": "passed",
+        "breached": [],
+    }
+    version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
+    assert (int(version.version), version.status, version.run_id) == (1, "READY", result.metrics["mlflow_run_id"])
+    assert version.tags["gate"] == "passed"
+    assert version.tags["breached"] == "none"
+    assert version.tags["dvc.models/policy"] == "d.dir"
+    assert version.tags["judge_win_rate"] == "0.82"
+    assert tracking.record_exists(evaluated, result.metrics["mlflow_run_id"], 1)
+    run = client(evaluated).get_run(result.metrics["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["evaluate.judge_gain"] == 0.9
+    assert client(evaluated).list_artifacts(run.info.run_id, "reports/evaluate")
+
+
+def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
+    register.run(params(), evaluated)
+    card = client(evaluated).get_model_version(NAME, "1").description
+    for words in (
+        "Gate passed", "0.82 (0.78 to 0.86)", "0.9 (0.8 to 1)", "9 (8.5 to 9.5)", "0.85 (0.83 to 0.87)", "10,605",
+        "MIT", "cycle 7 of 8", "30 of 31 expectations", "the film 0", "models:/aligned-policy/1",
+    ):  # fmt: skip
+        assert words in card
+    assert "<b>" not in card.replace("\\<b\\>", "")
+    assert len(card) <= model_card.LIMIT
+
+
+def test_a_failed_gate_is_recorded_without_an_alias(evaluated: Workspace) -> None:
+    register.run(params(), evaluated)
+    write(evaluated, "evaluate", GOOD | {"judge_share": 0.2, "kl": 20.0})
+    result = register.run(params(), evaluated)
+    assert result.metrics["gate"] == "failed"
+    assert result.metrics["breached"] == ["min_judge_share", "max_kl"]
+    second = client(evaluated).get_model_version(NAME, "2")
+    assert second.aliases == []
+    assert second.tags["breached"] == "min_judge_share, max_kl"
+    assert "no alias" in second.description
+    assert "KL to the reference (nats) is 20, over the most allowed, 15" in second.description
+    assert bearer(evaluated, "candidate") == 1
+
+
+def test_the_same_evidence_is_registered_once(evaluated: Workspace) -> None:
+    first, again = (register.run(params(), evaluated).metrics for _ in range(2))
+    assert first == again
+    other_rules = register.run(params(max_kl=5.0), evaluated).metrics
+    assert (other_rules["model_version"], other_rules["gate"]) == (2, "failed")
+    models = (evaluated.root / "mlartifacts" / "models").iterdir()
+    assert len(list(models)) == 1, "two versions of one policy share its files"
+
+
+def test_a_deleted_version_is_made_again(evaluated: Workspace) -> None:
+    first = register.run(params(), evaluated).metrics
+    client(evaluated).delete_model_version(NAME, "1")
+    assert not tracking.record_exists(evaluated, first["mlflow_run_id"], 1)
+    second = register.run(params(), evaluated).metrics
+    assert tracking.record_exists(evaluated, second["mlflow_run_id"], second["model_version"])
+    assert bearer(evaluated, "candidate") == second["model_version"]
+
+
+def test_files_that_differ_get_no_alias(evaluated: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_model = registry.log_model
+
+    def damage(*args: Any) -> Any:
+        model = log_model(*args)
+        (stored,) = (evaluated.root / "mlartifacts").rglob("model.safetensors")
+        content = bytearray(stored.read_bytes())
+        content[-1] ^= 1
+        stored.write_bytes(content)
+        return model
+
+    monkeypatch.setattr(registry, "log_model", damage)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        register.run(params(), evaluated)
+    assert registry.with_alias(client(evaluated), NAME, "candidate") is None
+
+
+def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: Workspace) -> None:
+    register.run(params(), evaluated)
+    client(evaluated).set_registered_model_alias(NAME, "champion", "1")
+    shutil.rmtree(evaluated.policy)
+    tiny_policy(evaluated.policy, seed=3)
+    write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9})
+    register.run(params(), evaluated)
+    assert bearer(evaluated, "champion") == 1
+    card = client(evaluated).get_model_version_by_alias(NAME, "candidate").description
+    assert "Champion (version 1)" in card
+    (row,) = [line for line in card.splitlines() if "Judge win rate" in line]
+    assert "0.9" in row
+    assert "0.82" in row
+
+
+def test_a_stage_that_has_not_run_is_named(evaluated: Workspace) -> None:
+    evaluated.metrics("evaluate").unlink()
+    with pytest.raises(DataError, match="run the evaluate stage first"):
+        register.run(params(), evaluated)
+
+
+def test_long_samples_leave_room_for_the_rest(evaluated: Workspace) -> None:
+    samples(400, "word " * 2000).to_parquet(evaluated.samples)
+    register.run(params(), evaluated)
+    card = client(evaluated).get_model_version(NAME, "1").description
+    assert len(card) <= model_card.LIMIT
+    assert "models:/aligned-policy/1" in card
+    assert "word word" in card
+
+
+def test_the_candidate_is_self_contained(evaluated: Workspace, tmp_path: Path) -> None:
+    register.run(params(), evaluated)
+    shutil.rmtree(evaluated.policy)
+    code = (
+        "import mlflow, sys; model = mlflow.pyfunc.load_model('models:/aligned-policy@candidate');"
+        "print(model.predict(['the film', 'her story'], params={'max_new_tokens': 3}));"
+        "assert 'ppo_core' not in sys.modules and 'tasks' not in sys.modules"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking.tracking_uri(evaluated), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    files = [path.name for path in (evaluated.root / "mlartifacts" / "models").rglob("*")]
+    assert not [name for name in files if name.endswith((".pkl", ".bin", ".pt"))]
