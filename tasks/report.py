@@ -135,12 +135,12 @@ def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
 
 def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, object, str]]:
     def between(key: str, show: Any) -> str:
-        return f"95 % interval: {show(metrics[f'{key}_low'])} to {show(metrics[f'{key}_high'])}"
+        return f"interval {show(metrics[f'{key}_low'])} to {show(metrics[f'{key}_high'])}"
 
     return [
         ("Judge win rate", _percent(metrics["judge_win_rate"]), between("judge_win_rate", _percent)),
-        ("Judge gain", _sd(metrics["judge_gain"]), between("judge_gain", _sd)),
-        ("Reward gain", _sd(metrics["reward_gain"]), between("reward_gain", _sd)),
+        ("Judge gain", _sd(metrics["judge_gain"]), between("judge_gain", "{:+.2f}".format)),
+        ("Reward gain", _sd(metrics["reward_gain"]), between("reward_gain", "{:+.2f}".format)),
         ("Judge confirms", _percent(metrics["judge_share"]), between("judge_share", _percent)),
         ("KL to the reference", f"{metrics['kl']:.1f} nats", f"the budget is {params.ppo.kl_budget:g}"),
     ]
@@ -210,7 +210,7 @@ def _answers(samples: pd.DataFrame) -> Table:
     return ["prompt", "reference", "aligned", "judge", "reward"], [
         [
             *(_shown(text) for text in (_turns(row["prompt"]), row["reference"], row["policy"])),
-            *(f"{row[f'{role}_reference']:+.2f} → {row[f'{role}_policy']:+.2f}" for role in ("judge", "reward")),
+            *(_change(row[f"{role}_reference"], row[f"{role}_policy"]) for role in ("judge", "reward")),
         ]
         for row in samples.to_dict("records")
     ]
@@ -264,6 +264,10 @@ def _shown(text: str) -> str:
     # Every kind of line end becomes the one that the page and the Markdown know.
     text = "\n".join(text.strip().splitlines())
     return (text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…") or "(empty)"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{before:+.2f} → {after:+.2f}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _percent(share: float) -> str:
