@@ -13,8 +13,9 @@ from tasks.params import GateParams
 
 LIMIT = 5000
 """Characters that MLflow's databases hold of a description; samples are shown as far as they fit."""
-TEXT = 160
-"""Characters shown of a text."""
+TEXT, FIELD = 160, 60
+"""Characters shown of a sample, and of what is said about a source."""
+SOURCES = 8
 
 
 @dataclass(frozen=True)
@@ -111,20 +112,20 @@ def _preferences(evidence: Evidence) -> str:
 
 
 def _data(evidence: Evidence) -> str:
-    rows = [
-        [entry.get("name"), entry.get("source"), entry.get("version"), entry.get("licence"), entry.get("rows")]
-        for entry in evidence.provenance
-    ]
+    fields = ("name", "source", "version", "licence", "rows")
+    rows = [[_short(entry.get(field), FIELD) for field in fields] for entry in evidence.provenance[:SOURCES]]
+    hidden = len(evidence.provenance) - len(rows)
+    more = f"and {hidden} more in the run's data sets. " if hidden else ""
     checks = evidence.metrics["validate"].get("expectations", {})
     verdict = f"{show(checks.get('passed'))} of {show(checks.get('checked'))} expectations on the data held.\n"
-    return f"### Made from\n\n{markdown_table(['What', 'Source', 'Version', 'Licence', 'Rows'], rows)}\n{verdict}"
+    return f"### Made from\n\n{markdown_table(['What', 'Source', 'Version', 'Licence', 'Rows'], rows)}\n{more}{verdict}"
 
 
 def _samples(evidence: Evidence, room: int) -> str:
     """The first test prompts, not chosen, as many as fit into `room` characters."""
     headers = ["Prompt", "Before", "Judge", "After", "Judge"]
     columns = ["prompt", "reference", "judge_reference", "policy", "judge_policy"]
-    rows = [[_short(cell) for cell in row] for row in evidence.samples[columns].head(8).itertuples(index=False)]
+    rows = [[_short(cell, TEXT) for cell in row] for row in evidence.samples[columns].head(8).itertuples(index=False)]
     title = "### The first test prompts, before and after (judge's score in sd)\n\n"
     while rows and len(title) + len(markdown_table(headers, rows)) + 1 > room:
         rows.pop()
@@ -148,5 +149,5 @@ def _interval(found: Mapping[str, Any], key: str) -> str:
     return show(value) if low is None or high is None else f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def _short(value: Any) -> Any:
-    return value[:TEXT] + "…" if isinstance(value, str) and len(value) > TEXT else value
+def _short(value: Any, limit: int) -> Any:
+    return value[:limit] + "…" if isinstance(value, str) and len(value) > limit else value

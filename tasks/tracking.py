@@ -50,8 +50,9 @@ def connect(workspace: Workspace) -> MlflowClient:
     """A client of the store. Raises ServiceError where a server does not answer, before MLflow begins to retry."""
     uri = tracking_uri(workspace)
     _probe(uri)
-    # The migrations of a new database are told line by line otherwise.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Otherwise every migration of a new database and every start of a sampler is told.
+    for library in ("alembic", "mlflow"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     return MlflowClient(uri, uri)
 
 

@@ -19,6 +19,7 @@ from tiny import tiny_params, tiny_policy
 
 from tasks import model_card, register, registry, tracking
 from tasks.errors import DataError, IntegrityError
+from tasks.pages import show
 from tasks.params import GateParams, Params, check_params
 from tasks.register import gate
 from tasks.workspace import Workspace
@@ -95,6 +96,10 @@ def bearer(workspace: Workspace, alias: str) -> int:
     return int(client(workspace).get_model_version_by_alias(NAME, alias).version)
 
 
+def spread(value: float, low: float, high: float) -> str:
+    return f"{show(value)} ({show(low)} to {show(high)})"
+
+
 def test_a_good_evaluation_passes() -> None:
     assert gate(GOOD, GateParams()) == []
 
@@ -167,8 +172,9 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
     register.run(params(), evaluated)
     card = client(evaluated).get_model_version(NAME, "1").description
     for words in (
-        "Gate passed", "0.82 (0.78 to 0.86)", "0.9 (0.8 to 1)", "9 (8.5 to 9.5)", "0.85 (0.83 to 0.87)", "10,605",
-        "MIT", "cycle 7 of 8", "30 of 31 expectations", "the film 0", "models:/aligned-policy/1",
+        "Gate passed", spread(0.82, 0.78, 0.86), spread(0.9, 0.8, 1.0), spread(9.0, 8.5, 9.5),
+        spread(0.85, 0.83, 0.87), "10,605", "MIT", "cycle 7 of 8",
+        "30 of 31 expectations", "the film 0", "models:/aligned-policy/1",
     ):  # fmt: skip
         assert words in card
     assert "<b>" not in card.replace("\\<b\\>", "")
@@ -245,13 +251,16 @@ def test_a_stage_that_has_not_run_is_named(evaluated: Workspace) -> None:
         register.run(params(), evaluated)
 
 
-def test_long_samples_leave_room_for_the_rest(evaluated: Workspace) -> None:
+def test_long_samples_and_sources_leave_room_for_the_rest(evaluated: Workspace) -> None:
     samples(400, "word " * 2000).to_parquet(evaluated.samples)
+    source = {"name": "n" * 200, "source": "s" * 300, "version": "1", "licence": "MIT", "rows": 3, "sha256": "c" * 64}
+    evaluated.provenance.write_text(json.dumps([source] * 30), encoding="utf-8")
     register.run(params(), evaluated)
     card = client(evaluated).get_model_version(NAME, "1").description
     assert len(card) <= model_card.LIMIT
     assert "models:/aligned-policy/1" in card
     assert "word word" in card
+    assert "and 22 more" in card
 
 
 def test_the_candidate_is_self_contained(evaluated: Workspace, tmp_path: Path) -> None:
