@@ -1,4 +1,4 @@
-"""What the canonical tables say beyond their single rows: derived columns for the expectations, figures for people."""
+"""What the canonical tables are, and what they say beyond their single rows: derived columns, and figures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tasks.splits import normal
+
+PAIR_SPLITS = ("reward_train", "reward_eval", "judge_train", "judge_eval")
+PROMPT_SPLITS = ("ppo", "dev", "test")
+
+_TEXT, _REAL, _WHOLE = ("string", "large_string"), ("double",), ("int64", "int32")
+COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "pairs": {
+        "pair_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "margin": _REAL,
+        "target": _REAL, "chosen_tokens": _WHOLE, "rejected_tokens": _WHOLE, "source": _TEXT, "group": _TEXT,
+        "split": _TEXT,
+    },
+    "prompts": {
+        "prompt_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "tokens": _WHOLE, "source": _TEXT, "group": _TEXT,
+        "split": _TEXT,
+    },
+}  # fmt: skip
+"""The canonical columns, and the Arrow types that each may have."""
+
 NEAR_TIE = 0.05
 """A target this close to one half says that raters are split."""
 MARGIN_EDGES = (0, 1, 2, 3, 4)
 """Rating gaps at which the metrics part the pairs."""
+
+LONGEST_OPENING = 12
+"""Words up to which a prompt is looked for at the beginning of texts."""
 
 Tables = dict[str, pd.DataFrame]
 
@@ -32,6 +54,7 @@ def derive(pairs: pd.DataFrame, prompts: pd.DataFrame) -> Tables:
     prompts = prompts.assign(
         place=_places("prompts", prompts["prompt_id"]),
         unreadable_prompt=_unreadable(prompts, none_allowed=False),
+        begins_a_text=_begins_a_text(prompts["prompt"], pairs),
     )
     return {
         "pairs": pairs,
@@ -94,27 +117,33 @@ def _is_message(message: object) -> bool:
 
 def _opposites(pairs: pd.DataFrame) -> pd.Series:
     """For each pair the id of one that states the opposite: same prompt, same texts, the other way round."""
-    keys = list(zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True))
+    keys = list(zip(*(_normal(pairs[column]) for column in ("prompt", "chosen", "rejected")), strict=True))
     ids = dict(zip(keys, pairs["pair_id"], strict=True))
     opposites = [ids.get((prompt, no, yes)) if yes != no else None for prompt, yes, no in keys]
     return pd.Series(opposites, pairs.index, "str")
 
 
+def _begins_a_text(prompts: pd.Series, pairs: pd.DataFrame) -> pd.Series:
+    """Whether a prompt of a few words is how some text of the pairs begins."""
+    wanted = _normal(prompts)
+    sizes = set(wanted.str.count(" ").add(1).loc[lambda size: size <= LONGEST_OPENING].astype(int))
+    texts = _normal(pd.concat([pairs["chosen"], pairs["rejected"]])).drop_duplicates().str.split()
+    return wanted.isin({" ".join(words[:size]) for words in texts for size in sizes if len(words) > size})
+
+
 def _texts(pairs: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """Every occurrence of a text or a non-empty prompt, and the splits that share it or its group."""
-    occurrences = [
-        (pairs, "chosen"),
-        (pairs, "rejected"),
-        (pairs[pairs["prompt"] != ""], "prompt"),
-        (prompts, "prompt"),
-    ]
+    """Every occurrence of a text or a prompt that is not blank, and the splits that share it or its group."""
+    occurrences = [(pairs, "chosen"), (pairs, "rejected"), (pairs, "prompt"), (prompts, "prompt")]
     texts = pd.concat(
         [
-            pd.DataFrame({"place": frame["place"] + f":{field}", "text": frame[field]}).join(frame[["group", "split"]])
+            pd.DataFrame({"place": frame["place"] + f":{field}", "text": _normal(frame[field])}).join(
+                frame[["group", "split"]]
+            )
             for frame, field in occurrences
         ],
         ignore_index=True,
     )
+    texts = texts[texts["text"] != ""]
     return texts.assign(text_splits=_shared_by(texts, "text"), group_splits=_shared_by(texts, "group"))
 
 
@@ -123,6 +152,11 @@ def _shared_by(texts: pd.DataFrame, key: str) -> pd.Series:
     places = texts[[key, "split"]].drop_duplicates().dropna().sort_values("split")
     several = places[places.duplicated(key, keep=False)]
     return texts[key].map(several.groupby(key)["split"].agg(", ".join))
+
+
+def _normal(texts: pd.Series) -> pd.Series:
+    """The texts with what a reader would call the same made the same; a missing one is blank."""
+    return texts.fillna("").map(normal)
 
 
 def _sources(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tasks import pages
-from tasks.data_facts import Tables
-from tasks.expectations import PAIR_SPLITS, PROMPT_SPLITS, Finding
+from tasks.data_facts import PAIR_SPLITS, PROMPT_SPLITS, Tables
+from tasks.expectations import Finding
 
 TITLE = "Data validation"
 LEAD = "What the preference data must satisfy before anything is trained on it, and whether it does."

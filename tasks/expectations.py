@@ -31,6 +31,7 @@ from great_expectations.expectations.metrics.map_metric_provider.column_pair_con
     column_pair_condition_partial,
 )
 
+from tasks.data_facts import COLUMNS, PAIR_SPLITS, PROMPT_SPLITS
 from tasks.params import Params
 
 # This module of theirs sets a level of its own.
@@ -38,25 +39,10 @@ logging.getLogger("great_expectations.data_context.types.base").setLevel(logging
 
 Severity = Literal["critical", "warning"]
 
-PAIR_SPLITS = ("reward_train", "reward_eval", "judge_train", "judge_eval")
-PROMPT_SPLITS = ("ppo", "dev", "test")
-
-_TEXT, _REAL, _WHOLE = ("string", "large_string"), ("double",), ("int64", "int32")
-COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
-    "pairs": {
-        "pair_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "margin": _REAL,
-        "target": _REAL, "chosen_tokens": _WHOLE, "rejected_tokens": _WHOLE, "source": _TEXT, "group": _TEXT,
-        "split": _TEXT,
-    },
-    "prompts": {
-        "prompt_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "tokens": _WHOLE, "source": _TEXT, "group": _TEXT,
-        "split": _TEXT,
-    },
-}  # fmt: skip
-"""The canonical columns, and the Arrow types that each may have."""
-
 MAX_NEAR_TIES = 0.5
 """Warn where raters are split (target within 0.05 of one half) in more pairs than this: little to learn from."""
+MAX_SHARED_OPENINGS = 0.1
+"""Warn where more prompts than this begin a text of the pairs as well. Of film snippets 4 % do by chance."""
 EXAMPLES = 5
 """Offending rows kept of each breach."""
 SCHEMA_MEND = "the table is not what this version of ingest writes: run it again"
@@ -64,7 +50,7 @@ INGEST_MEND = "ingest should never let this through: run it again, and report it
 
 
 class _ColumnPairValuesDiffer(ColumnPairMapMetricProvider):  # type: ignore[misc]
-    """Metric behind the expectation below: texts count as the same if only the space around them differs."""
+    """The metric: texts count as the same if only the space around them differs."""
 
     condition_metric_name = "column_pair_values.differ"
 
@@ -106,7 +92,6 @@ class Finding:
     extent: str
     """How far it is broken: how many rows, or the figure that was found."""
     examples: tuple[Example, ...]
-    """The first offending rows."""
 
     @property
     def critical(self) -> bool:
@@ -156,7 +141,9 @@ def pairs_suite(params: Params) -> list[Any]:
     longer, shorter = limits.max_longer_wins, 1 - limits.max_longer_wins
     return [
         *_common("pairs", PAIR_SPLITS),
-        *(_not_blank("pairs", column) for column in ("chosen", "rejected")),
+        *(_expect(gxe.ExpectColumnValuesToMatchRegex, f"pairs.not_blank.{column}", f"{column} is not blank",
+                  "write the text or remove the row from its source", column=column, regex=r"\S")
+          for column in ("chosen", "rejected")),
         _expect(ExpectColumnPairValuesToDiffer, "pairs.chosen_differs", "chosen and rejected differ",
                 "remove the pair from its source: it says nothing", column_A="chosen", column_B="rejected"),
         _expect(gxe.ExpectCompoundColumnsToBeUnique, "pairs.unique", "no pair occurs twice",
@@ -184,13 +171,18 @@ def pairs_suite(params: Params) -> list[Any]:
 
 
 def prompts_suite(params: Params) -> list[Any]:
-    """On prompts.parquet with the derived column unreadable_prompt."""
+    """On prompts.parquet with the derived columns unreadable_prompt and begins_a_text."""
     return [
         *_common("prompts", PROMPT_SPLITS),
         _expect(gxe.ExpectCompoundColumnsToBeUnique, "prompts.unique", "no prompt occurs twice in a split",
                 INGEST_MEND, column_list=["prompt", "split"], ignore_row_if="any_value_is_missing"),
         _within("prompts", "tokens", 1, params.ingest.max_prompt_tokens,
                 "shorten or drop the prompt, or raise ingest.max_prompt_tokens"),
+        _expect(gxe.ExpectColumnValuesToBeInSet, "prompts.openings_apart",
+                f"at most {MAX_SHARED_OPENINGS:.0%} of the prompts are how a text of the pairs begins",
+                "more than chance: see whether these openings come from texts that the reward model or the judge knows",
+                severity="warning", column="begins_a_text", value_set=[False], mostly=1 - MAX_SHARED_OPENINGS,
+                field="prompt"),
     ]  # fmt: skip
 
 
@@ -249,27 +241,16 @@ def _common(table: str, splits: Sequence[str]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _not_blank(table: str, column: str) -> Any:
-    return _expect(gxe.ExpectColumnValuesToMatchRegex, f"{table}.not_blank.{column}", f"{column} is not blank",
-                   "write the text or remove the row from its source", column=column, regex=r"\S")  # fmt: skip
-
-
 def _within(table: str, column: str, low: float, high: float, mend: str) -> Any:
     return _expect(gxe.ExpectColumnValuesToBeBetween, f"{table}.{column}", f"{column} is between {low} and {high:g}",
                    mend, column=column, min_value=low, max_value=high)  # fmt: skip
 
 
 def _expect(
-    kind: Any,
-    name: str,
-    says: str,
-    mend: str,
-    severity: Severity = "critical",
-    field: str | None = None,
-    **arguments: Any,
+    kind: Any, name: str, says: str, mend: str, severity: Severity = "critical", field: str | None = None, **more: Any
 ) -> Any:
     """An expectation with what a person wants to know. `field` names what to look at where the column is derived."""
-    return kind(**arguments, severity=severity, meta={"name": name, "says": says, "mend": mend, "field": field})
+    return kind(**more, severity=severity, meta={"name": name, "says": says, "mend": mend, "field": field})
 
 
 def _finding(table: str, result: Any) -> Finding:
@@ -283,13 +264,11 @@ def _finding(table: str, result: Any) -> Finding:
         table=table,
         says=meta["says"],
         mend=meta["mend"],
-        severity="critical" if result.expectation_config.severity.value == "critical" else "warning",
+        severity=result.expectation_config.severity.value,
         ok=bool(result.success),
         checked=checked,
         failed=int(not result.success) if checked is None else outcome["unexpected_count"],
-        extent=_observed(outcome)
-        if checked is None
-        else f"{outcome['unexpected_count']:,} of {checked:,} rows break it",
+        extent=_extent(outcome),
         examples=tuple(_example(row, meta["field"]) for row in outcome.get("unexpected_index_list", [])[:EXAMPLES]),
     )
 
@@ -308,8 +287,10 @@ def _exception(info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _observed(outcome: Mapping[str, Any]) -> str:
-    """What a whole-table expectation saw: a mean, or the values that are missing from a set or foreign to it."""
+def _extent(outcome: Mapping[str, Any]) -> str:
+    """How many rows break it; else the mean, or the values that are missing from a set or foreign to it."""
+    if "element_count" in outcome:
+        return f"{outcome['unexpected_count']:,} of {outcome['element_count']:,} rows break it"
     if isinstance(outcome.get("observed_value"), float):
         return f"found {outcome['observed_value']:.3g}"
     differences = {"missing": outcome.get("partial_missing_list"), "foreign": outcome.get("partial_unexpected_list")}

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks import data_report, expectations
-from tasks.data_facts import Tables, derive, describe
+from tasks.data_facts import COLUMNS, Tables, derive, describe
 from tasks.errors import DataError, Problem
-from tasks.expectations import COLUMNS, Finding, check
+from tasks.expectations import Finding, check
 from tasks.params import Params
 from tasks.stages import StageResult, write_metrics
 from tasks.workspace import Workspace
