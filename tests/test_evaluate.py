@@ -1,0 +1,200 @@
+"""The evaluate stage on made-up answers: what it measures, writes and records, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+from answers import FINGERPRINT, better_answers, reference_answers, trained_workspace
+
+from tasks import evaluate
+from tasks.errors import DataError, TrainingHealthError
+from tasks.evaluate import measure
+from tasks.responses import Responses
+from tasks.stages import run_stage
+from tasks.statistics import compare
+
+
+@dataclass
+class FakeTracker:
+    run_id: str = "run-1"
+    opened: list[str] = field(default_factory=list)
+    logged: dict[str, Any] = field(default_factory=dict)
+    report: set[str] = field(default_factory=set)
+
+    def open(self, workspace: Any, fingerprint: str, params: Any) -> FakeTracker:
+        self.opened.append(fingerprint)
+        return self
+
+    def __enter__(self) -> FakeTracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def log_stage(self, stage: str, metrics: dict[str, Any], report: Path) -> None:
+        self.logged[stage] = metrics
+        self.report = {path.name for path in report.iterdir()}
+
+
+class FakeResponders:
+    asked: ClassVar[list[str]] = []
+    before: ClassVar[Responses]
+    after: ClassVar[Responses]
+
+    def __init__(self, params: Any, workspace: Any) -> None:
+        self.asked.clear()
+
+    def reference(self, split: str) -> Responses:
+        self.asked.append(split)
+        return self.before
+
+    def policy(self, split: str) -> Responses:
+        self.asked.append(split)
+        return self.after
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    tracker = FakeTracker()
+    FakeResponders.before = reference_answers()
+    FakeResponders.after = better_answers(FakeResponders.before)
+    monkeypatch.setattr(evaluate, "Responders", FakeResponders)
+    monkeypatch.setattr(evaluate, "Tracker", tracker)
+    return tracker
+
+
+@pytest.fixture
+def trained(tmp_path):
+    return trained_workspace(tmp_path)
+
+
+def test_the_stage_leaves_metrics_samples_and_report(tracker, trained):
+    workspace, params = trained
+    result = run_stage("evaluate", params, workspace)
+    written = json.loads(workspace.metrics("evaluate").read_text())
+    assert written == result.metrics
+    assert written["n"] == 40
+    assert written["mlflow_run_id"] == "run-1"
+    assert FakeResponders.asked == ["test", "test"]
+    samples = pd.read_parquet(workspace.samples)
+    assert list(samples) == [
+        "prompt", "reference", "policy", "reward_reference", "reward_policy", "judge_reference", "judge_policy",
+    ]  # fmt: skip
+    assert samples["policy"].tolist() == FakeResponders.after.texts
+    np.testing.assert_array_equal(samples["judge_policy"], FakeResponders.after.judge)
+    files = {path.name for path in workspace.report("evaluate").iterdir()}
+    assert {"report.html", "report.md", "curves.png"} <= files
+    assert not list(workspace.root.rglob("*.writing"))
+
+
+def test_it_is_recorded_in_the_run_of_the_training_with_its_report(tracker, trained):
+    workspace, params = trained
+    result = evaluate.run(params, workspace)
+    assert tracker.opened == [FINGERPRINT]
+    assert tracker.logged == {"evaluate": result.metrics}
+    assert {"report.html", "report.md", "curves.png"} <= tracker.report
+
+
+def test_the_summary_and_the_artifact_name_the_result(tracker, trained):
+    workspace, params = trained
+    result = evaluate.run(params, workspace)
+    rate = f"{100 * result.metrics['judge_win_rate']:.1f} %"
+    assert rate in result.summary
+    assert "\n" not in result.summary
+    assert rate in result.details["markdown"]
+    assert "data:image/svg+xml;base64," in result.details["markdown"]
+
+
+def test_every_figure_is_finite_and_lies_in_its_interval():
+    reference = reference_answers()
+    metrics = measure(better_answers(reference), reference, 200, seed=1)
+    assert all(math.isfinite(value) for value in metrics.values())
+    bounded = [name.removesuffix("_low") for name in metrics if name.endswith("_low")]
+    assert {"judge_win_rate", "reward_gain", "judge_gain", "judge_share", "kl"} <= set(bounded)
+    for name in bounded:
+        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
+
+
+def test_the_figures_are_those_of_every_cycle():
+    reference = reference_answers()
+    policy = better_answers(reference)
+    metrics = measure(policy, reference, 50, seed=1)
+    assert compare(policy, reference).items() <= metrics.items()
+
+
+def test_the_same_seed_gives_the_same_figures():
+    reference = reference_answers()
+    policy = better_answers(reference)
+    assert measure(policy, reference, 50, seed=1) == measure(policy, reference, 50, seed=1)
+
+
+def test_a_policy_that_is_the_reference_shows_nothing():
+    reference = reference_answers()
+    metrics = measure(reference, reference, 50, seed=1)
+    assert (metrics["judge_win_rate_low"], metrics["judge_win_rate_high"]) == (0.5, 0.5)
+    assert (metrics["reward_gain_low"], metrics["judge_gain_high"], metrics["judge_share_high"]) == (0, 0, 0)
+    assert metrics["distinct_2_change"] == metrics["repetition_change"] == 0
+
+
+def test_changes_of_the_language_by_hand():
+    reference = replace(reference_answers(2), texts=["a b c a b c", "d e f g"])
+    policy = replace(reference, texts=["a b c a b c", "d e f d e f"])
+    metrics = measure(policy, reference, 20, seed=1)
+    # Pairs: 3 of 5 and 3 of 3 are different, 6 of 8; afterwards 3 + 3 of 10. Triples again: 1/4 and 0, then 1/4 twice.
+    assert metrics["distinct_2_change"] == pytest.approx(abs(6 / 10 - 6 / 8) / (6 / 8))
+    assert metrics["repetition_change"] == pytest.approx(1.0)
+    assert metrics["repetition_difference"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("name", ["reward", "judge", "kl", "ref_nll"])
+def test_a_figure_that_is_not_finite_ends_the_stage_and_leaves_what_was_there(tracker, trained, name):
+    workspace, params = trained
+    earlier = workspace.report("evaluate") / "report.html"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier")
+    broken = getattr(FakeResponders.after, name).copy()
+    broken[3] = np.nan
+    FakeResponders.after = replace(FakeResponders.after, **{name: broken})
+    with pytest.raises(TrainingHealthError, match=rf"test prompt 3 — {name} is not finite for 1 of 40"):
+        evaluate.run(params, workspace)
+    assert earlier.read_text() == "earlier"
+    assert not workspace.samples.exists()
+    assert tracker.logged == {}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tracker, trained, monkeypatch):
+    workspace, params = trained
+    earlier = workspace.report("evaluate") / "report.html"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(evaluate.report, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        evaluate.run(params, workspace)
+    assert earlier.read_text() == "earlier"
+    assert not workspace.samples.exists()
+
+
+def test_without_a_training_it_says_what_to_run_first(tracker, trained):
+    workspace, params = trained
+    workspace.cycles_csv.unlink()
+    with pytest.raises(DataError, match=r"plots/cycles.csv — is missing.*python -m tasks ppo"):
+        evaluate.run(params, workspace)
+    assert tracker.opened == []
+
+
+def test_a_run_that_was_deleted_is_told(tracker, trained, caplog):
+    workspace, params = trained
+    tracker.run_id = "run-2"
+    assert evaluate.run(params, workspace).metrics["mlflow_run_id"] == "run-2"
+    assert "run-1 is gone" in caplog.text
