@@ -1,0 +1,102 @@
+"""What a flow run shows of itself in the Prefect UI. Each function is called inside a task or flow run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import mimetypes
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+
+from tasks.workspace import Workspace
+
+REPORTS = {
+    "validate": ("data-verdict", "Whether the data can be trained on"),
+    "reward_model": ("reward-model-report", "How well reward model and judge agree with people"),
+    "evaluate": ("alignment-report", "The aligned model against the one it started from"),
+}
+"""Stages whose report becomes an artifact: key and description."""
+COLUMNS = {
+    "cycle": "cycle",
+    "dev/judge_win_rate": "judge win rate",
+    "dev/reward_gain": "reward gain (sd)",
+    "dev/judge_gain": "judge gain (sd)",
+    "dev/judge_share": "confirmed share",
+    "dev/kl": "KL (nats)",
+    "dev/entropy": "entropy",
+    "dev/length": "length",
+    "dev/distinct_2": "distinct-2",
+}
+"""Of a cycle's record, what the live table shows."""
+
+
+def publish_report(stage: str, workspace: Workspace, since: float) -> None:
+    """The stage's `report.md` with its pictures inside, if the stage has one and wrote it after `since` (epoch)."""
+    report = workspace.report(stage) / "report.md"
+    if stage in REPORTS and report.is_file() and report.stat().st_mtime >= since:
+        key, description = REPORTS[stage]
+        create_markdown_artifact(with_pictures(report.read_text(encoding="utf-8"), report.parent), key, description)
+
+
+def publish_link(key: str, link: str, text: str, description: str) -> None:
+    create_link_artifact(link, text, key, description)
+
+
+def with_pictures(markdown: str, folder: Path) -> str:
+    """`![alt](file)` with the file's content in its place: the UI cannot read files of this machine."""
+
+    def inline(found: re.Match[str]) -> str:
+        picture = folder / found[2]
+        kind = mimetypes.guess_type(picture)[0]
+        if kind is None or not picture.is_file():
+            return found[0]
+        return f"![{found[1]}](data:{kind};base64,{base64.b64encode(picture.read_bytes()).decode()})"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^):]+)\)", inline, markdown)
+
+
+class LiveCycles:
+    """A table of the cycles and a progress bar, both brought up to date after every cycle."""
+
+    def __init__(self, cycles: int) -> None:
+        self._cycles = cycles
+        self._progress: UUID = create_progress_artifact(0.0, "ppo-progress", f"Cycles of at most {cycles}")
+        self._table: UUID | None = None
+
+    def show(self, records: Sequence[Mapping[str, Any]], stopped: str | None) -> None:
+        """`stopped` says why training ended; None while it goes on."""
+        done = 100.0 if stopped else 100.0 * len(records) / self._cycles
+        update_progress_artifact(self._progress, done)
+        if not records:
+            return
+        rows = [_row(record) for record in records]
+        if self._table is None:
+            self._table = create_table_artifact(rows, "ppo-cycles", "Cycles of PPO, on the dev prompts")
+        else:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._table, ArtifactUpdate(data=json.dumps(rows)))
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    shown = ((title, record[key]) for key, title in COLUMNS.items() if key in record)
+    return {title: _cell(value) for title, value in shown}
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 3) if math.isfinite(value) else None  # JSON knows no other numbers

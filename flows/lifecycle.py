@@ -1,0 +1,99 @@
+"""What Prefect does not do for runs that no worker looks after: notice that their process died, and cancel them."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import httpx
+from prefect import Flow, State, runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelled, Crashed
+
+from flows.gpu import LEASE
+from tasks.lineage import is_alive, is_here, process_tags
+
+CANCEL_POLL_SECONDS = 3.0
+_OPEN = {"any_": [StateType.RUNNING, StateType.CANCELLING]}
+
+_CANCEL = (StateType.CANCELLING, StateType.CANCELLED)
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def own_run() -> Iterator[None]:
+    """Say with the flow run which process it is, and, where no worker does, watch whether someone cancels it."""
+    run_id = UUID(runtime.flow_run.id)
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(run_id, process_tags())
+    if runtime.deployment.id:
+        yield
+        return
+    with _cancellable(run_id):
+        yield
+
+
+def close_abandoned(flow_name: str) -> None:
+    """Flow runs of this machine whose process died become Crashed, with their task runs; their GPU slots are freed."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": [flow_name]}), flow_run_filter=FlowRunFilter(state={"type": _OPEN})
+        )
+        for run in found:
+            tags = {key: str(value) for key, value in run.labels.items()}
+            if is_here(tags) and not is_alive(tags):
+                _close(client, run)
+
+
+def record_cancellation(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None:
+    """Hook for crashes: Prefect calls a run Crashed that ended on a signal, also where `Cancel` was the reason."""
+    with get_client(sync_client=True) as client:
+        if any(past.type in _CANCEL for past in client.read_flow_run_states(flow_run.id)):
+            client.set_flow_run_state(flow_run.id, Cancelled(message="Cancelled by hand."), force=True)
+
+
+def _close(client: SyncPrefectClient, run: FlowRun) -> None:
+    state = Crashed(message="The process that ran this is gone.")
+    for task_run in client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id={"any_": [run.id]}), task_run_filter=TaskRunFilter(state={"type": _OPEN})
+    ):
+        client.set_task_run_state(task_run.id, state, force=True)
+    if lease := run.labels.get(LEASE):
+        client.release_concurrency_slots_with_lease(UUID(str(lease)))
+    client.set_flow_run_state(run.id, state, force=True)
+    log.info("flow run %s was left open by a process that died; marked Crashed", run.name)
+
+
+@contextmanager
+def _cancellable(run_id: UUID) -> Iterator[None]:
+    """Let `Cancel` in the UI end a run that was started by hand, as SIGTERM would."""
+    ended = threading.Event()
+    context = contextvars.copy_context()
+    watcher = threading.Thread(target=context.run, args=(_watch, run_id, ended), name="cancel", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _watch(run_id: UUID, ended: threading.Event) -> None:
+    with get_client(sync_client=True) as client:
+        while not ended.wait(CANCEL_POLL_SECONDS):
+            try:
+                state = client.read_flow_run(run_id).state
+            except httpx.HTTPError as error:
+                log.debug("cannot ask whether the run was cancelled: %s", error)
+                continue
+            if state is not None and state.type in _CANCEL:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return

@@ -1,0 +1,137 @@
+"""The flow `align`: every stage a task run, every PPO cycle one too; DVC says what can be skipped.
+
+Stages hand over files, never values: Prefect stores no results and pickles nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import State, Task, flow, get_run_logger, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Completed, Failed
+from prefect.transactions import CommitMode, transaction
+
+from flows import artifacts, gpu, lifecycle, logs
+from tasks import environment
+from tasks.errors import ProximalError, ServiceError
+from tasks.params import Params, dump_params, load_params
+from tasks.stages import STAGES, StageResult, run_stage, write_metrics
+from tasks.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tasks.ppo import PPORun
+
+NAME = "align"
+COMPUTING = ("reward_model", "ppo", "evaluate")
+"""Stages that hold a GPU slot. ppo holds one over all its cycles, because its models stay in memory between them."""
+
+log = logging.getLogger(__name__)
+
+
+@flow(name=NAME, persist_result=False, on_crashed=[lifecycle.record_cancellation])
+def align(params: Params | None = None, workspace: str | None = None, force: bool = False) -> str | State:
+    """Align a language model to human preferences: data, reward model, PPO, evaluation, registration.
+
+    Args:
+        params: Parameters of this run. Left empty, those of params.yaml as it is when the run starts. Where they
+            differ from it, the run takes place in a git worktree of its own, so that what is recorded is what ran.
+        workspace: Checkout to work in. Left empty, the one that this code belongs to.
+        force: Run every stage, also those that DVC knows to be up to date.
+
+    Returns the folder in which the results lie.
+    """
+    environment.prepare()
+    try:
+        with logs.forwarded(), lifecycle.own_run():
+            lifecycle.close_abandoned(NAME)
+            gpu.ensure_limit()
+            place = _place(params, Workspace(Path(workspace)) if workspace else Workspace.here())
+            _run_stages(place, force)
+            return str(place.root)
+    # Prefect would pickle an exception that leaves the flow; one inside a state is raised to the caller and not stored.
+    except ProximalError as error:
+        return Failed(message=f"{type(error).__name__}: {error}", data=error)
+    except Exception as error:
+        get_run_logger().exception("the flow failed")
+        return Failed(message=f"{type(error).__name__}: {error}", data=error)
+
+
+def _run_stages(workspace: Workspace, force: bool) -> None:
+    # Imported here: DVC takes a while, and a worker that only looks at the flow needs none of it.
+    from tasks.versioning import workspace_lock
+
+    with workspace_lock(workspace):
+        params = load_params(workspace.params)
+        for stage in STAGES:
+            run_stage_task.with_options(name=stage, task_run_name=stage)(stage, params, workspace, force)
+
+
+def _place(params: Params | None, workspace: Workspace) -> Workspace:
+    """The workspace itself for its own parameters; a worktree of it for others."""
+    if params is None or params == load_params(workspace.params):
+        return workspace
+    from tasks.versioning import worktree
+
+    place = worktree(workspace, dump_params(params), runtime.flow_run.name)
+    log.info("the parameters differ from %s, so the run takes place in %s", workspace.params.name, place.root)
+    return place
+
+
+def _can_help(task: Task[..., Any], task_run: TaskRun, state: State) -> bool:
+    """A service may answer the next time; data, parameters and training stay as they are."""
+    return isinstance(state.data, ServiceError)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=[2, 6],
+    retry_condition_fn=_can_help,
+)
+def run_stage_task(stage: str, params: Params, workspace: Workspace, force: bool) -> State:
+    """One stage: skipped if up to date, else run, checked and committed to DVC."""
+    from tasks.versioning import stage_guard, up_to_date
+
+    if not force and up_to_date(stage, workspace):
+        log.info("%s: up to date", stage)
+        return Completed(name="Skipped", message="up to date")
+    started = time.time()
+    try:
+        with gpu.gpu_slot() if stage in COMPUTING else nullcontext(), stage_guard(stage, workspace):
+            result = _ppo(params, workspace) if stage == "ppo" else run_stage(stage, params, workspace)
+    finally:
+        # A report says, too, why a stage failed.
+        artifacts.publish_report(stage, workspace, since=started)
+    return Completed(message=result.summary)
+
+
+def _ppo(params: Params, workspace: Workspace) -> StageResult:
+    """The ppo stage cycle by cycle. After an error it starts again from the last finished cycle, not from memory."""
+    from tasks.ppo import open_run
+
+    with open_run(params, workspace) as run:
+        live = artifacts.LiveCycles(params.ppo.cycles)
+        live.show(run.records, run.stopped)
+        while run.stopped is None:
+            # Otherwise Prefect calls finished cycles "rolled back" when a later one fails.
+            with transaction(commit_mode=CommitMode.EAGER):
+                ppo_cycle(run, len(run.records) + 1)
+            live.show(run.records, run.stopped)
+        result = run.finish()
+    write_metrics("ppo", result, workspace)
+    return result
+
+
+@task(name="ppo cycle", task_run_name="ppo cycle {cycle}", cache_policy=NO_CACHE, persist_result=False)
+def ppo_cycle(run: PPORun, cycle: int) -> State:
+    """One cycle. Never retried by itself: what is in memory after an error is not what was checkpointed."""
+    record = run.next_cycle()
+    figures = ("judge_win_rate", "reward_gain", "judge_gain", "kl")
+    return Completed(message=", ".join(f"{name} {record[f'dev/{name}']:.3f}" for name in figures))

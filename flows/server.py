@@ -1,0 +1,128 @@
+"""The Prefect API that a run reports to: the configured one, that of a running `make ui`, or one of our own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from flows.leash import leashed
+from tasks.errors import ServiceError
+
+HOST = "127.0.0.1"
+PREFECT_PORT = 4200
+ANSWER_SECONDS = 10
+"""How long a configured server may take to answer before it counts as gone."""
+START_SECONDS = 120
+"""How long one of our own may take: the first start creates the data base, and the machine may be busy."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def prefect_api(log_file: Path) -> Iterator[str]:
+    """The address of an API that answers, set as PREFECT_API_URL within the block.
+
+    Raises ServiceError where the configured one does not answer or our own does not start (`log_file` says why).
+    """
+    configured = get_current_settings().api.url
+    if configured:
+        check_answers(configured)
+        yield configured
+    elif shares_our_history(url := api_url(PREFECT_PORT)):
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+    else:
+        port = free_port()
+        with leashed(prefect_command(port), log_file, prefect_environment(port)) as server:
+            wait_until(lambda: is_healthy(api_url(port)), server, "Prefect", log_file)
+            with temporary_settings({PREFECT_API_URL: api_url(port)}):
+                try:
+                    yield api_url(port)
+                finally:
+                    _deliver()
+
+
+def _deliver() -> None:
+    """Send what waits in Prefect's queues. It would do so when the interpreter ends, after our server has gone."""
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
+
+
+def running_api() -> str:
+    """The API of a server that goes on when we end. Raises ServiceError where there is none."""
+    configured = get_current_settings().api.url
+    url = configured or api_url(PREFECT_PORT)
+    if configured or is_healthy(url):
+        check_answers(url)
+        return url
+    raise ServiceError("no Prefect server is running", url, "start one with `make ui`, or set PREFECT_API_URL")
+
+
+def prefect_command(port: int) -> list[str]:
+    """The server with its services and UI, on loopback."""
+    factory = "prefect.server.api.server:create_app"
+    options = {"host": HOST, "port": port, "log-level": "error", "lifespan": "on", "timeout-graceful-shutdown": 2}
+    return [sys.executable, "-m", "uvicorn", "--factory", factory, *(f"--{k}={v}" for k, v in options.items())]
+
+
+def prefect_environment(port: int) -> Mapping[str, str]:
+    """Without this, a UI on another port than 4200 asks the API on 4200."""
+    return {"PREFECT_UI_API_URL": api_url(port), "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false"}
+
+
+def api_url(port: int) -> str:
+    return f"http://{HOST}:{port}/api"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def shares_our_history(url: str) -> bool:
+    """Whether a Prefect server answers there that keeps its data where one of our own would."""
+    try:
+        settings = httpx.get(f"{url}/admin/settings", timeout=2).raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return bool(settings.get("home") == str(get_current_settings().home))
+
+
+def check_answers(url: str) -> None:
+    """Raises ServiceError unless the API is healthy within ANSWER_SECONDS."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not is_healthy(url):
+        if time.monotonic() > deadline:
+            raise ServiceError("Prefect does not answer", url, "start that server, or unset PREFECT_API_URL")
+        time.sleep(0.5)
+
+
+def wait_until(healthy: Callable[[], bool], server: Popen[bytes], name: str, log_file: Path) -> None:
+    """Wait for a server that has just been started. Raises ServiceError where it ends or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while not healthy():
+        if server.poll() is not None or time.monotonic() > deadline:
+            told = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            why = told[-1] if told else f"it said nothing for {START_SECONDS} s"
+            raise ServiceError(f"the {name} server did not start: {why}", str(log_file), "read there what it said")
+        time.sleep(0.1)
