@@ -36,8 +36,7 @@ def write_policy(fetched: Fetched, target: Path, params: IngestParams, workspace
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise DataError(f"does not load as a language model: {error}", fetched.label, "check the folder") from error
-    if missing := sorted(report["missing_keys"]):
-        raise DataError(f"lacks weights: {', '.join(missing[:5])}", fetched.label, "fetch or save the model again")
+    _check_whole(report, fetched.label)
     _check_context(config, params)
     return _with_ends(tokenizer, target, fetched.label)
 
@@ -95,15 +94,26 @@ def _converted(gguf: Path, downloads: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """Dequantise into bfloat16: 4-bit weights with their scales lose nothing that matters, and take half the space."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        model, report = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        mend = "use a model whose architecture transformers reads from GGUF, or a folder of its own format"
-        raise DataError(f"cannot be converted: {error}", gguf.name, mend) from error
+    except Exception as error:  # the reader of the format meets damage with whatever error comes first
+        mend = "fetch it again; or use an architecture that transformers reads from GGUF, or a folder of its own format"
+        raise DataError(f"cannot be converted: {type(error).__name__}: {error}", gguf.name, mend) from error
+    _check_whole(report, gguf.name)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _check_whole(report: dict[str, Any], label: str) -> None:
+    """Weights that a file lacks would be drawn at random, with no more than a warning."""
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(f"lacks weights: {', '.join(missing[:5])}", label, "fetch or save the model again")
 
 
 def _check_context(config: Any, params: IngestParams) -> None:

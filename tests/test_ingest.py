@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pandas as pd
@@ -13,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_core.tokens import encode_prompt, encode_response
 from tasks.__main__ import main
+from tasks.canonical import opening
+from tasks.errors import DataError
 from tasks.ingest import run
-from tasks.params import check_params
+from tasks.params import PromptParams, check_params
 from tasks.sources import digest
 from tasks.splits import normal
 from tasks.workspace import Workspace
@@ -182,6 +185,20 @@ def test_a_rated_text_that_comes_twice_is_read_once(bare):
     rows = [{"text": f"a film of {i} words that is fine", "ratings": [i % 7, 1]} for i in range(60)]
     _, _, metrics = ingest(bare, [*rows, {**rows[0], "ratings": [0]}], "ratings", splits=SMALL)
     assert (metrics["rows"], metrics["duplicates_dropped"]) == (61, 1)
+
+
+def test_an_opening_leaves_something_to_continue():
+    draws = [random.Random(seed) for seed in range(40)]
+    ask = PromptParams(min_words=2, max_words=4)
+    assert {opening("a  b c", ask, draw) for draw in draws} == {"a  b"}
+    assert {opening("a  b c d e f", ask, draw) for draw in draws} == {"a  b", "a  b c", "a  b c d"}
+    assert opening("a b", ask, draws[0]) is None
+
+
+def test_a_prompt_that_is_too_long_is_named(bare):
+    rows = [*pairs_of(50), {**pairs_of(1)[0], "prompt": "why " * 40}]
+    with pytest.raises(DataError, match=r"own.jsonl:51:prompt — is \d+ tokens long, allowed are 20"):
+        ingest(bare, rows, splits=SMALL, max_prompt_tokens=20)
 
 
 def test_bad_rows_may_be_left_out_and_are_counted(bare):
