@@ -44,6 +44,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
     (x - mean) / sqrt(var + 1e-8). `shift_mean=False` adds the mean back, as reward whitening wants.
     """
+    x = counted(x, mask)  # before any product: in the backward pass, too, NaN x 0 is NaN
     mean = masked_mean(x, mask)
     whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + WHITEN_EPSILON)
     return counted(whitened if shift_mean else whitened + mean, mask)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before anything that reads them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models gain nothing from a second thread, and threads that wait for each other cost a great deal.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 from tasks import environment
