@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from tasks import environment
@@ -12,6 +16,7 @@ from tasks.errors import ProximalError
 from tasks.params import load_params
 from tasks.stages import STAGES, run_stage
 from tasks.workspace import Workspace
+from tasks.workspace_lock import workspace_lock
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tasks",
         description="Run one stage of the pipeline on what the stages before it left.",
         epilog="exit codes: 0 ok, 2 config, 3 data, 4 integrity, 5 resume mismatch, 6 locked, 7 training health, "
-        "8 resources, 9 service",
+        "8 resources, 9 service, 130 and 143 signals",
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--params", type=Path, help="parameters to use (default: params.yaml of the repository)")
@@ -31,12 +36,29 @@ def main(argv: list[str] | None = None) -> int:
     environment.prepare()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     workspace = Workspace(args.workspace.resolve()) if args.workspace else Workspace.here()
+    _end_cleanly()
     try:
-        run_stage(args.stage, load_params(args.params or workspace.params, args.set), workspace)
+        with workspace_lock(workspace):
+            run_stage(args.stage, load_params(args.params or workspace.params, args.set), workspace)
     except ProximalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
+
+
+def _end_cleanly() -> None:
+    """SIGTERM unwinds the stage, so that its record is closed. DVC passes no signal on: its stage ends when it does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if "DVC_STAGE" in os.environ:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is versioned and what is up to date. The only module that talks to DVC.
 
-A flow runs a stage itself and tells DVC afterwards. `dvc commit` believes whatever it is told, also for inputs that
-changed during the run, and remembers it in its run cache: `stage_guard` is there so that it is never told anything untrue.
+A flow runs a stage itself and tells DVC afterwards. `dvc commit` believes what it is told, also where inputs changed during
+the run, and remembers it in its run cache: `stage_guard` sees to it that it is told nothing untrue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Digests = dict[str, str]
 
 
 def up_to_date(stage: str, workspace: Workspace) -> bool:
-    """Whether parameters, inputs and outputs are those of the stage's last run, and its record in MLflow still exists."""
+    """Whether parameters, inputs and outputs are those of the stage's last run, and its record in MLflow is there."""
     with _repository(workspace) as repo:
         if repo.status(targets=[_target(stage, workspace)]):
             return False
@@ -82,8 +82,8 @@ def worktree(workspace: Workspace, params: Mapping[str, Any], name: str) -> Work
     """A git worktree for a run with parameters of its own, in work/worktrees, on the same DVC cache.
 
     It has the code as it is now, changes that are not committed included, and what DVC knows to be up to date. `params`
-    are plain values in the shape of params.yaml; what they leave out stays as it is there. A worktree of that name that is
-    there already is brought to this state; its work folder, and with it the training of an earlier attempt, is kept.
+    are plain values in the shape of params.yaml; what they leave out stays as it is there. A worktree that has the name
+    already is brought to this state; its work folder, and with it the training of an earlier attempt, is kept.
     Raises ConfigError where git does not know of some code, Locked where a run is at work in that worktree.
     """
     place = Workspace(workspace.work / "worktrees" / re.sub(r"[^\w-]+", "-", name))
@@ -114,7 +114,7 @@ def _repository(workspace: Workspace) -> Iterator[Repo]:
 
 
 def _commit(stage: str, workspace: Workspace) -> None:
-    """In a process of its own: DVC's run cache only works from the repository's root, and the directory is all threads'."""
+    """In a process of its own: DVC's run cache works from the repository's root alone, and threads share a directory."""
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--force", "--quiet", stage]
     dvc = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True, check=False)
     if dvc.returncode:

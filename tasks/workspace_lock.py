@@ -23,7 +23,7 @@ HOLDER = "PROXIMAL_LOCK_HOLDER"
 def workspace_lock(workspace: Workspace) -> Iterator[None]:
     """Hold the workspace through the block.
 
-    A process that a holder started works under the lock of its parent. Raises Locked at once where another run holds it.
+    A process that a holder started works under its lock. Raises Locked at once where another run holds it.
     """
     workspace.lock_file.parent.mkdir(parents=True, exist_ok=True)
     with workspace.lock_file.open("a+", encoding="utf-8") as file:
