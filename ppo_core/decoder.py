@@ -9,6 +9,8 @@ Shapes: B batch, T position in prompt + response, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     """The transformers model in `folder` (safetensors only, no remote code), frozen, without dropout."""
     from transformers import AutoModelForCausalLM
 
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / "config.json"))
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -83,8 +87,8 @@ def split(model: Any, top_layers: int) -> tuple[Stack | None, Stack]:
     if not 0 < top_layers < len(layers):
         raise ConfigError(
             f"cannot train the top {top_layers} of {len(layers)} layers",
-            "ppo.model.top_layers",
-            f"choose 1 to {len(layers) - 1}, or trainable: full",
+            "top_layers",
+            f"choose 1 to {len(layers) - 1}; to train all of the policy, set ppo.model.trainable to full",
         )
     cut = len(layers) - top_layers
     decoder = model.get_decoder()

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.errors import DataError
 from tasks.params import Params
 from tasks.workspace import Workspace
 
@@ -31,7 +32,10 @@ def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
     """Run a stage's `run(params, workspace)` and write its metrics."""
     started = time.monotonic()
     # Imported here: each stage brings heavy libraries that the others do not need.
-    result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)
+    try:
+        result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)
+    except FileNotFoundError as error:
+        raise DataError("is missing", str(error.filename), f"run the stages before {stage}: `dvc repro {stage}`") from error
     write_metrics(stage, result, workspace)
     log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
     return result

@@ -129,7 +129,7 @@ def tiny_params() -> dict[str, Any]:
             "splits": {"reward": 0.35, "judge": 0.35, "held_out": 0.3, "dev": 8, "test": 12},
         },
         "validate": {"min_pairs": 20},
-        "reward_model": {"reward": training, "judge": training, "min_accuracy": 0.0},
+        "reward_model": {"top_layers": 2, "reward": training, "judge": training, "min_accuracy": 0.0},
         "ppo": {
             "cycles": 2,
             "iterations": 1,
