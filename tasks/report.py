@@ -122,15 +122,27 @@ def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
     rate, low, high = (metrics[f"judge_win_rate{end}"] for end in ("", "_low", "_high"))
     text = (
         f"Of {metrics['n']:,} test prompts the judge prefers the aligned model in {_percent(rate)} "
-        f"[{_percent(low)}, {_percent(high)}]. The reward model sees a gain of {_sd(metrics['reward_gain'])}, "
-        f"the judge of {_sd(metrics['judge_gain'])}: it confirms {_percent(metrics['judge_share'])}. "
-        f"KL to the reference: {metrics['kl']:.1f} nats."
+        f"[{_percent(low)}, {_percent(high)}]"
     )
     if low <= 0.5:
-        text += " The judge prefers the reference." if high < 0.5 else " That may be chance."
-    if metrics["reward_gain_low"] > 0 and metrics["judge_gain_low"] <= 0:
+        text += ", and so prefers the reference" if high < 0.5 else ", which may be chance"
+    text += (
+        f". The reward model sees a gain of {_sd(metrics['reward_gain'])}, "
+        f"the judge of {_sd(metrics['judge_gain'])}{_confirmation(metrics)}. "
+        f"KL to the reference: {metrics['kl']:.1f} nats."
+    )
+    if _gains(metrics) and metrics["judge_gain_low"] <= 0:
         text += " The judge does not confirm what the reward model sees: the reward is being gamed."
     return low > 0.5 and metrics["judge_gain_low"] > 0, text
+
+
+def _confirmation(metrics: dict[str, Any]) -> str:
+    return f": it confirms {_percent(metrics['judge_share'])}" if _gains(metrics) else ""
+
+
+def _gains(metrics: dict[str, Any]) -> bool:
+    """Whether the reward model sees a gain for certain; where it does not, the share of it means nothing."""
+    return bool(metrics["reward_gain_low"] > 0)
 
 
 def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, object, str]]:
@@ -141,7 +153,9 @@ def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, obj
         ("Judge win rate", _percent(metrics["judge_win_rate"]), between("judge_win_rate", _percent)),
         ("Judge gain", _sd(metrics["judge_gain"]), between("judge_gain", "{:+.2f}".format)),
         ("Reward gain", _sd(metrics["reward_gain"]), between("reward_gain", "{:+.2f}".format)),
-        ("Judge confirms", _percent(metrics["judge_share"]), between("judge_share", _percent)),
+        ("Judge confirms", _percent(metrics["judge_share"]), between("judge_share", _percent))
+        if _gains(metrics)
+        else ("Judge confirms", None, "there is no clear reward gain"),
         ("KL to the reference", f"{metrics['kl']:.1f} nats", f"the budget is {params.ppo.kl_budget:g}"),
     ]
 

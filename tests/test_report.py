@@ -60,13 +60,19 @@ def test_verdict_of_an_improvement():
 def test_verdict_of_chance_of_a_loss_and_of_a_gamed_reward():
     chance = report.verdict(figures(judge_win_rate_low=0.47))
     assert not chance[0]
-    assert "may be chance" in chance[1]
+    assert "[47.0 %, 84.0 %], which may be chance." in chance[1]
     lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4))
     assert not lost[0]
     assert "prefers the reference" in lost[1]
     gamed = report.verdict(figures(judge_gain_low=-0.1))
     assert not gamed[0]
     assert "being gamed" in gamed[1]
+
+
+def test_verdict_names_no_share_of_a_gain_that_may_not_exist():
+    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8))
+    assert "confirms" not in text
+    assert "gamed" not in text
 
 
 class Page(HTMLParser):

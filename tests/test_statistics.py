@@ -138,7 +138,7 @@ def test_compare_by_hand():
     )  # fmt: skip
     after = replace(
         before, texts=["a b c d", "a b"], reward=np.array([2.0, 3.0]), judge=np.array([2.5, -1.5]),
-        kl=np.array([4.0, 6.0]), entropy=np.array([1.0, 2.0]), ref_nll=np.array([1.0, 1.0]),
+        kl=np.array([4.0, 6.0]), entropy=np.array([1.0, 2.0]), ref_nll=np.array([0.0, 2.0]),
     )  # fmt: skip
     figures = compare(after, before)
     assert figures["judge_win_rate"] == 0.5  # one won, one lost
