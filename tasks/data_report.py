@@ -95,11 +95,11 @@ def _key_figures(figures: dict[str, Any]) -> list[tuple[str, object, str]]:
 
 def _breaches(findings: Sequence[Finding]) -> Table:
     rows: list[list[object]] = [
-        [_state(finding), f"{finding.name}: {finding.says}", finding.extent, _places(finding), finding.mend]
+        [_state(finding), f"{finding.name}: {finding.says}\n{finding.extent}", _places(finding), finding.mend]
         for finding in sorted(findings, key=lambda finding: finding.severity)
         if not finding.ok
     ]
-    return ["", "expected", "found", "first rows", "what to do"], rows
+    return ["", "what was expected and found", "first rows", "what to do"], rows
 
 
 def _all(findings: Sequence[Finding]) -> Table:

@@ -265,6 +265,7 @@ tbody tr:hover { background: var(--wash); }
 figure { margin: var(--gap) 0 2.25rem; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .6rem; max-width: 44rem; color: var(--soft); font-size: .875rem; }
+@page { margin: 18mm 16mm; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; }
