@@ -126,7 +126,7 @@ def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: P
         raise IntegrityError(
             f"differs from {checkpoint} in {', '.join(differing)}",
             f"{registered.name} version {registered.version}",
-            "delete the version in MLflow and register again",
+            f"delete the version and the logged model at {registered.source} in MLflow, then register again",
         )
 
 
