@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import signal
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ exit codes: 0 ok, 2 config, 3 data, 4 integrity, 5 resume mismatch, 6 locked, 7 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # Where Prefect has no handler of its own: while the server starts, and after the flow has ended.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return _run(args)
     except ProximalError as error:
@@ -54,17 +55,24 @@ def _run(args: argparse.Namespace) -> int:
     here = Workspace.here()
     params = load_params(args.params or here.params, args.set)
     print("connecting to Prefect (a server of our own takes some seconds to start) ...", flush=True)
-    with prefect_api(here.work / "prefect_server.log"):
-        from flows.pipeline import align  # while the server starts, nothing competes with it
+    with prefect_api(here.work / "prefect_server.log", meanwhile=_import_libraries):
+        from flows.pipeline import align
 
         root = align(params, str(here.root), args.force)
+    assert isinstance(root, str)  # a state would have been raised
     from flows.closing import show_result
 
     show_result(Workspace(Path(root)))
     return 0
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _import_libraries() -> None:
+    """What is needed in every case, also to find that there is nothing to do: seconds that the server takes anyway."""
+    for module in ("flows.pipeline", "tasks.versioning", "tasks.tracking"):
+        importlib.import_module(module)
+
+
+def terminate(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 

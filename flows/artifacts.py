@@ -74,7 +74,7 @@ class LiveCycles:
 
     def __init__(self, cycles: int) -> None:
         self._cycles = cycles
-        self._progress: UUID = create_progress_artifact(0.0, "ppo-progress", f"Cycles of at most {cycles}")
+        self._progress: UUID = _created(create_progress_artifact(0.0, "ppo-progress", f"Cycles of at most {cycles}"))
         self._table: UUID | None = None
 
     def show(self, records: Sequence[Mapping[str, Any]], stopped: str | None) -> None:
@@ -85,10 +85,15 @@ class LiveCycles:
             return
         rows = [_row(record) for record in records]
         if self._table is None:
-            self._table = create_table_artifact(rows, "ppo-cycles", "Cycles of PPO, on the dev prompts")
+            self._table = _created(create_table_artifact(rows, "ppo-cycles", "Cycles of PPO, on the dev prompts"))
         else:
             with get_client(sync_client=True) as client:
                 client.update_artifact(self._table, ArtifactUpdate(data=json.dumps(rows)))
+
+
+def _created(identifier: object) -> UUID:
+    assert isinstance(identifier, UUID)  # called outside an event loop, Prefect's functions are not coroutines
+    return identifier
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +12,13 @@ from rich.table import Table
 from tasks.workspace import Workspace
 
 _FIGURES = (
-    ("judge prefers the aligned model", "judge_win_rate", "{:.1%}", "of prompts; 50% is no difference"),
-    ("judge's score rose by", "judge_gain", "{:+.2f}", "standard deviations of human-written text"),
-    ("reward model's score rose by", "reward_gain", "{:+.2f}", "the same; training maximised it"),
-    ("of which the judge confirms", "judge_share", "{:.0%}", "under half would mean that the reward is being gamed"),
-    ("KL to the reference", "kl", "{:.1f}", "nats a response: how far the model moved"),
+    ("judge prefers it", "judge_win_rate", "{:.1%}", "of prompts (chance: 50%)"),
+    ("judge's score", "judge_gain", "{:+.2f}", "sd of human text"),
+    ("reward model's score", "reward_gain", "{:+.2f}", "sd; what PPO maximised"),
+    ("judge's over reward's", "judge_share", "{:.2f}", "near 0: reward gamed"),
+    ("KL to the reference", "kl", "{:.1f}", "nats: how far it moved"),
 )
+"""Name, key in metrics/evaluate.json, form and unit. The whole table fits 80 columns."""
 _STOPPED = {"cycles": "all cycles done", "target": "target reached", "kl_budget": "KL budget spent"}
 
 
@@ -28,26 +29,29 @@ def show_result(workspace: Workspace, console: Console | None = None) -> None:
     console.print()
     if evaluation:
         console.print(_figures(evaluation))
+        console.print()
+    for label, text in _lines(workspace, ppo, registered):
+        console.print(f"  {label:<11} {text}", soft_wrap=True, markup=False)
+
+
+def _lines(workspace: Workspace, ppo: Mapping[str, Any], registered: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if ppo:
         why = _STOPPED.get(ppo["stopped_by"], ppo["stopped_by"])
-        console.print(f"  trained     {ppo['cycles']} cycles ({why}); cycle {ppo['result_cycle']} is the result")
+        yield "trained", f"{ppo['cycles']} cycles ({why}); cycle {ppo['result_cycle']} is the result"
     if registered:
-        console.print(f"  registered  {_verdict(registered)}")
-    console.print(f"  report      {workspace.report('evaluate') / 'report.html'}", soft_wrap=True)
-    console.print(f"  model       {workspace.policy}", soft_wrap=True)
-    console.print("  dashboards  make ui   (Prefect: runs and artifacts; MLflow: metrics, models, registry)")
+        yield "registered", _verdict(registered)
+    yield "report", str(workspace.report("evaluate") / "report.html")
+    yield "model", str(workspace.policy)
+    yield "dashboards", "make ui   (Prefect: runs and artifacts; MLflow: metrics, models, registry)"
     if workspace.root != Workspace.here().root:
-        console.print(
-            f"  worktree    {workspace.root}   (git worktree remove --force, when you are done)", soft_wrap=True
-        )
+        yield "worktree", f"{workspace.root}   (git worktree remove --force, when you are done)"
 
 
 def _figures(metrics: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=f"Aligned model against its reference, {metrics.get('n', '?')} test prompts", title_justify="left"
-    )
-    for heading in ("", "", "95 % interval", ""):
-        table.add_column(heading, justify="right" if heading else "left")
+    title = f"The aligned model against the one it started from, {metrics['n']} test prompts"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    for heading in ("", "change", "95% interval", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for label, key, form, meaning in _FIGURES:
         if key in metrics:
             low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")

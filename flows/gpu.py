@@ -1,8 +1,8 @@
 """The slot that computing tasks take turns on: the global concurrency limit `gpu`, one slot unless someone raises it.
 
 Held through a lease that is renewed. A lease that is lost (the server was away for longer than it lasts) is logged and
-taken again; unlike Prefect's own `concurrency`, losing it never ends the work, and the lease is noted with the flow run, so that
-the slot of a run that was killed is freed by the next one instead of by the clock.
+taken again; Prefect's own `concurrency` either ends the work or goes on without. The lease is noted with the flow run,
+so that the slot of a run that was killed is freed by the next one instead of by the clock.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Slot:
         return True
 
     def renew(self) -> None:
-        """Make the lease last, or take another in its place; where neither works, say so and leave it to the next time."""
+        """Make the lease last, or take another in its place. Where neither works, say so and try again later."""
         assert self.lease is not None
         try:
             self.client.renew_concurrency_lease(self.lease, LEASE_SECONDS)

@@ -34,7 +34,7 @@ def own_run() -> Iterator[None]:
     """Say with the flow run which process it is, and, where no worker does, watch whether someone cancels it."""
     run_id = UUID(runtime.flow_run.id)
     with get_client(sync_client=True) as client:
-        client.update_flow_run_labels(run_id, process_tags())
+        client.update_flow_run_labels(run_id, {**process_tags()})
     if runtime.deployment.id:
         yield
         return
@@ -62,7 +62,7 @@ def record_cancellation(flow: Flow[..., object], flow_run: FlowRun, state: State
 
 
 def _close(client: SyncPrefectClient, run: FlowRun) -> None:
-    state = Crashed(message="The process that ran this is gone.")
+    state: State[None] = Crashed(message="The process that ran this is gone.")
     for task_run in client.read_task_runs(
         flow_run_filter=FlowRunFilter(id={"any_": [run.id]}), task_run_filter=TaskRunFilter(state={"type": _OPEN})
     ):

@@ -5,13 +5,15 @@ Stages hand over files, never values: Prefect stores no results and pickles noth
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import State, Task, flow, get_run_logger, runtime, task
+from prefect import State, Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed
@@ -44,7 +46,7 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
         workspace: Checkout to work in. Left empty, the one that this code belongs to.
         force: Run every stage, also those that DVC knows to be up to date.
 
-    Returns the folder in which the results lie.
+    Returns the folder in which the results lie (str).
     """
     environment.prepare()
     try:
@@ -64,12 +66,14 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
 
 def _run_stages(workspace: Workspace, force: bool) -> None:
     # Imported here: DVC takes a while, and a worker that only looks at the flow needs none of it.
-    from tasks.versioning import workspace_lock
+    from tasks.versioning import source_digests
+    from tasks.workspace_lock import workspace_lock
 
     with workspace_lock(workspace):
-        params = load_params(workspace.params)
+        began, params = source_digests(workspace), load_params(workspace.params)
         for stage in STAGES:
-            run_stage_task.with_options(name=stage, task_run_name=stage)(stage, params, workspace, force)
+            stage_task = run_stage_task.with_options(name=stage, task_run_name=stage)
+            stage_task(stage, params, workspace, force, began)
 
 
 def _place(params: Params | None, workspace: Workspace) -> Workspace:
@@ -78,7 +82,10 @@ def _place(params: Params | None, workspace: Workspace) -> Workspace:
         return workspace
     from tasks.versioning import worktree
 
-    place = worktree(workspace, dump_params(params), runtime.flow_run.name)
+    wanted = dump_params(params)
+    # The same parameters lead to the same place, so that a run that was interrupted continues there.
+    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    place = worktree(workspace, wanted, name)
     log.info("the parameters differ from %s, so the run takes place in %s", workspace.params.name, place.root)
     return place
 
@@ -95,8 +102,11 @@ def _can_help(task: Task[..., Any], task_run: TaskRun, state: State) -> bool:
     retry_delay_seconds=[2, 6],
     retry_condition_fn=_can_help,
 )
-def run_stage_task(stage: str, params: Params, workspace: Workspace, force: bool) -> State:
-    """One stage: skipped if up to date, else run, checked and committed to DVC."""
+def run_stage_task(stage: str, params: Params, workspace: Workspace, force: bool, began: dict[str, str]) -> State:
+    """One stage: skipped if up to date, else run, checked and committed to DVC.
+
+    `began` are the digests of parameters and code that this run has read; a change of them meanwhile is refused.
+    """
     from tasks.versioning import stage_guard, up_to_date
 
     if not force and up_to_date(stage, workspace):
@@ -104,7 +114,7 @@ def run_stage_task(stage: str, params: Params, workspace: Workspace, force: bool
         return Completed(name="Skipped", message="up to date")
     started = time.time()
     try:
-        with gpu.gpu_slot() if stage in COMPUTING else nullcontext(), stage_guard(stage, workspace):
+        with gpu.gpu_slot() if stage in COMPUTING else nullcontext(), stage_guard(stage, workspace, began):
             result = _ppo(params, workspace) if stage == "ppo" else run_stage(stage, params, workspace)
     finally:
         # A report says, too, why a stage failed.

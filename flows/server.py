@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def prefect_api(log_file: Path) -> Iterator[str]:
+def prefect_api(log_file: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
     """The address of an API that answers, set as PREFECT_API_URL within the block.
 
-    Raises ServiceError where the configured one does not answer or our own does not start (`log_file` says why).
+    `meanwhile` is done while a server of our own starts. Raises ServiceError where the configured one does not answer
+    or our own does not start (`log_file` says why).
     """
     configured = get_current_settings().api.url
     if configured:
@@ -45,6 +46,7 @@ def prefect_api(log_file: Path) -> Iterator[str]:
     else:
         port = free_port()
         with leashed(prefect_command(port), log_file, prefect_environment(port)) as server:
+            meanwhile()
             wait_until(lambda: is_healthy(api_url(port)), server, "Prefect", log_file)
             with temporary_settings({PREFECT_API_URL: api_url(port)}):
                 try:
