@@ -66,7 +66,7 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
     _check_finite(policy, "aligned policy")
     _check_finite(reference, "reference")
     judge, reward = judge_differences(policy, reference), np.subtract(policy.reward, reference.reward, dtype=np.float64)
-    repeated = repetitions(policy.texts) - repetitions(reference.texts)
+    repeated = {n: repetitions(policy.texts, n) - repetitions(reference.texts, n) for n in (1, 3)}
     intervals = {
         "judge_win_rate": bootstrap_mean(wins(judge, np.zeros_like(judge)), resamples, seed),
         "reward_win_rate": bootstrap_mean(wins(policy.reward, reference.reward), resamples, seed),
@@ -74,13 +74,15 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
         "judge_gain": bootstrap_mean(judge, resamples, seed),
         "judge_share": bootstrap_share(judge, reward, resamples, seed),
         "kl": bootstrap_mean(policy.kl, resamples, seed),
-        "repetition_difference": bootstrap_mean(repeated, resamples, seed),
+        "repetition_difference": bootstrap_mean(repeated[3], resamples, seed),
+        "repetition_1_difference": bootstrap_mean(repeated[1], resamples, seed),
     }
     metrics = {key: bound for name, interval in intervals.items() for key, bound in _bounds(name, interval)}
     metrics |= compare(policy, reference)
     metrics |= _language(policy, reference)
     metrics |= {"distinct_2_change": relative_change(metrics["distinct_2"], metrics["distinct_2_reference"])}
-    metrics |= {"repetition_change": relative_change(metrics["repetition"], metrics["repetition_reference"])}
+    for name in ("repetition", "repetition_1"):
+        metrics |= {f"{name}_change": relative_change(metrics[name], metrics[f"{name}_reference"])}
     return {"n": len(policy.prompts), **metrics}
 
 

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 REWARD, JUDGE, NEUTRAL = pages.BLUE, pages.VERMILION, "#8C959F"
 ROLES = (("reward", "reward model", REWARD, "o"), ("judge", "judge", JUDGE, "s"))
 """Key, name, colour and marker of the two models of preference."""
-LANGUAGE = (("distinct_2", "distinct-2"), ("repetition", "repetition"), ("entropy", "entropy"), ("length", "length"))
+LANGUAGE = (
+    ("distinct_2", "distinct-2"),
+    ("repetition_1", "repeated words"),
+    ("entropy", "entropy"),
+    ("length", "length"),
+)
 SD = "standard deviations of human text"
 MARK: dict[str, Any] = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 

@@ -48,6 +48,7 @@ LANGUAGE = (
     ("distinct_2", "distinct-2", "The same of word pairs. Falls when answers become alike."),
     ("distinct_3", "distinct-3", "The same of word triples."),
     ("repetition", "repetition", "Share of an answer's word triples that occurred in it before; mean over answers."),
+    ("repetition_1", "repeated words", "The same of single words: less rare, hence less noisy."),
     ("perplexity", "perplexity", "How surprising the answers are to the reference: exp of the mean negative "
      "log-probability a token. Far lower: the model says what is safe. Far higher: it leaves the language."),
     ("entropy", "entropy", "Nats a token, of the law that the model samples from. Near 0, one answer is left."),
@@ -178,8 +179,8 @@ def _results(evaluation: Evaluation) -> list[Section]:
     )
     repeated = (
         f"The same answers, whatever anyone thinks of them. Repetition differs by "
-        f"{metrics['repetition_difference']:+.4f} [{metrics['repetition_difference_low']:+.4f}, "
-        f"{metrics['repetition_difference_high']:+.4f}]; a relative change says little where both are near 0."
+        f"{_difference(metrics, 'repetition')}, repeated words by {_difference(metrics, 'repetition_1')}: "
+        "chance where the interval holds 0."
     )
     preference: list[list[object]] = [
         [name, metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"], meaning]
@@ -278,6 +279,11 @@ def _shown(text: str) -> str:
     # Every kind of line end becomes the one that the page and the Markdown know.
     text = "\n".join(text.strip().splitlines())
     return (text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…") or "(empty)"
+
+
+def _difference(metrics: dict[str, Any], key: str) -> str:
+    value, low, high = (metrics[f"{key}_difference{end}"] for end in ("", "_low", "_high"))
+    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _change(before: float, after: float) -> str:

@@ -140,6 +140,8 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
         "distinct_2_reference": distinct_n(reference.texts, 2),
         "repetition": repetition(policy.texts),
         "repetition_reference": repetition(reference.texts),
+        "repetition_1": repetition(policy.texts, n=1),
+        "repetition_1_reference": repetition(reference.texts, n=1),
         "perplexity": float(np.exp(_mean(policy.ref_nll))),
         "perplexity_reference": float(np.exp(_mean(reference.ref_nll))),
     }

@@ -147,6 +147,7 @@ def test_compare_by_hand():
     assert figures["judge_share"] == 0.25
     assert (figures["kl"], figures["entropy"], figures["length"], figures["ended_rate"]) == (5.0, 1.5, 3.0, 0.5)
     assert (figures["distinct_2"], figures["distinct_2_reference"]) == (3 / 4, 2 / 3)
+    assert (figures["repetition"], figures["repetition_1"], figures["repetition_1_reference"]) == (0.0, 0.0, 0.25)
     assert figures["perplexity"] == pytest.approx(np.e)
     assert figures["perplexity_reference"] == pytest.approx(np.exp(2))
 
