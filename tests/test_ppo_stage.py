@@ -1,0 +1,164 @@
+"""The ppo stage: killed and continued, continued with more cycles, begun anew, refused, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from ppo_core.checkpoint import MANIFEST
+from tasks import ppo
+from tasks.errors import IntegrityError, ResumeMismatch, TrainingHealthError
+from tasks.params import Params, TargetParams, load_params
+from tasks.stages import run_stage
+from tasks.tracking import tracking_uri
+from tasks.workspace import Workspace
+
+KILLED_BEFORE_RECORDING = """
+import os, signal, sys
+from pathlib import Path
+from tasks import ppo
+from tasks.params import load_params
+from tasks.workspace import Workspace
+ppo.Tracker.log_cycle = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+workspace = Workspace(Path(sys.argv[1]))
+ppo.run(load_params(workspace.params), workspace)
+"""
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose ppo stage may begin."""
+    workspace = tiny.tiny_workspace(tmp_path_factory.mktemp("ready") / "checkout")
+    params = load_params(workspace.params)
+    run_stage("ingest", params, workspace)
+    run_stage("reward_model", params, workspace)
+    return workspace
+
+
+@pytest.fixture
+def workspace(ready: Workspace, tmp_path: Path) -> Workspace:
+    shutil.copytree(ready.root, tmp_path / "checkout")
+    return Workspace(tmp_path / "checkout")
+
+
+@pytest.fixture
+def params(workspace: Workspace) -> Params:
+    return load_params(workspace.params)
+
+
+def with_ppo(params: Params, **changes: object) -> Params:
+    return params.model_copy(update={"ppo": params.ppo.model_copy(update=changes)})
+
+
+def records(workspace: Workspace) -> list[dict[str, float]]:
+    """What the cycles recorded, without what the clock says."""
+    files = sorted((workspace.work / "ppo").glob("*/cycle_*/record.json"))
+    return [{k: v for k, v in json.loads(f.read_text()).items() if not k.startswith("time/")} for f in files]
+
+
+def weights(workspace: Workspace) -> bytes:
+    return (workspace.policy / "model.safetensors").read_bytes()
+
+
+def test_killed_and_started_again_equals_never_killed(
+    ready: Workspace, workspace: Workspace, params: Params, tmp_path: Path
+):
+    shutil.copytree(ready.root, tmp_path / "unharmed")
+    unharmed = Workspace(tmp_path / "unharmed")
+    ppo.run(params, unharmed)
+
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_RECORDING, str(workspace.root)], cwd=tiny.REPOSITORY, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(records(workspace)) == 1
+    result = ppo.run(params, workspace)
+
+    assert records(workspace) == records(unharmed)
+    assert weights(workspace) == weights(unharmed)
+    client = MlflowClient(tracking_uri(workspace))
+    history = client.get_metric_history(result.metrics["mlflow_run_id"], "dev/kl")
+    assert [point.step for point in history] == [1, 2]
+    assert [point.value for point in history] == [r["dev/kl"] for r in records(unharmed)]
+
+
+def test_more_cycles_continue_and_fewer_need_no_training(workspace: Workspace, params: Params):
+    first = ppo.run(params, workspace).metrics
+    one = (workspace.work / "ppo" / first["fingerprint"] / "cycle_001" / MANIFEST).stat().st_mtime_ns
+    more = ppo.run(with_ppo(params, cycles=3), workspace).metrics
+    assert (more["fingerprint"], more["mlflow_run_id"]) == (first["fingerprint"], first["mlflow_run_id"])
+    assert (more["cycles"], more["result_cycle"], more["stopped_by"]) == (3, 3, "cycles")
+    assert (workspace.work / "ppo" / first["fingerprint"] / "cycle_001" / MANIFEST).stat().st_mtime_ns == one
+    assert pd.read_csv(workspace.cycles_csv)["cycle"].tolist() == [1, 2, 3]
+    with ppo.open_run(with_ppo(params, cycles=1), workspace) as run:
+        assert run.stopped == "cycles"
+        assert run.finish().metrics["result_cycle"] == 1
+
+
+def test_another_learning_rate_is_another_run(workspace: Workspace, params: Params):
+    first = ppo.run(params, workspace).metrics["fingerprint"]
+    update = params.ppo.update.model_copy(update={"learning_rate": 5e-4})
+    second = ppo.run(with_ppo(params, update=update), workspace).metrics["fingerprint"]
+    assert second != first
+    assert len(list((workspace.work / "ppo" / first).glob("cycle_*"))) == 2  # the old one is kept
+
+
+def test_another_environment_is_refused_with_the_list(
+    workspace: Workspace, params: Params, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = ppo.run(params, workspace).metrics
+    path = workspace.work / "ppo" / metrics["fingerprint"] / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0", "threads": 64}))
+    with pytest.raises(ResumeMismatch, match=r"torch 1\.0 -> .*threads 64 -> "):
+        ppo.open_run(params, workspace)
+    monkeypatch.setenv(ppo.GO_ON, "1")
+    with ppo.open_run(params, workspace) as run:
+        assert run.stopped == "cycles"
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(workspace: Workspace, params: Params):
+    metrics = ppo.run(params, workspace).metrics
+    path = workspace.work / "ppo" / metrics["fingerprint"] / "cycle_002" / "policy.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match="cycle_002"):
+        ppo.open_run(params, workspace)
+
+
+def test_the_budget_stops_and_the_result_is_within_it(workspace: Workspace, params: Params):
+    fast = params.ppo.update.model_copy(update={"learning_rate": 0.02})
+    params = with_ppo(params, update=fast)
+    ppo.run(params, workspace)
+    first, second = (r["dev/kl"] for r in records(workspace))
+    assert first < second
+    metrics = ppo.run(with_ppo(params, cycles=9, kl_budget=(first + second) / 2), workspace).metrics
+    assert (metrics["stopped_by"], metrics["cycles"], metrics["result_cycle"]) == ("kl_budget", 2, 1)
+    with pytest.raises(TrainingHealthError, match="no cycle stayed within"):
+        ppo.run(with_ppo(params, cycles=9, kl_budget=first / 2), workspace)
+
+
+def test_the_target_stops(workspace: Workspace, params: Params):
+    target = TargetParams(metric="judge_win_rate", threshold=0.0, patience=1)
+    metrics = ppo.run(with_ppo(params, target=target), workspace).metrics
+    assert (metrics["stopped_by"], metrics["cycles"]) == ("target", 1)
+
+
+def test_the_policy_is_the_base_with_the_trained_weights(workspace: Workspace, params: Params):
+    metrics = ppo.run(params, workspace).metrics
+    trained = load_file(workspace.work / "ppo" / metrics["fingerprint"] / "cycle_002" / "policy.safetensors")
+    policy, base = (load_file(folder / "model.safetensors") for folder in (workspace.policy, workspace.base_model))
+    for name, tensor in policy.items():
+        assert tensor.equal(trained[name] if name in trained else base[name].to(tensor.dtype)), name
+    assert os.access(workspace.policy / "tokenizer.json", os.R_OK)
