@@ -1,7 +1,7 @@
 """What is versioned and what is up to date. The only module that talks to DVC.
 
-A flow runs a stage itself and tells DVC afterwards. `dvc commit` believes what it is told, also where inputs changed during
-the run, and remembers it in its run cache: `stage_guard` sees to it that it is told nothing untrue.
+A flow runs a stage itself and tells DVC afterwards. `dvc commit` believes what it is told, also where inputs changed in
+the meantime, and remembers it in its run cache: `stage_guard` sees to it that it is told nothing untrue.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def worktree(workspace: Workspace, params: Mapping[str, Any], name: str) -> Work
     """
     place = Workspace(workspace.work / "worktrees" / re.sub(r"[^\w-]+", "-", name))
     _refuse_untracked_code(workspace.root)
-    commit = _git(workspace.root, "stash", "create") or "HEAD"
+    commit = _present(workspace.root)
     if (place.root / ".git").exists():
         with workspace_lock(place):
-            _git(place.root, "checkout", "--force", "--detach", _git(workspace.root, "rev-parse", commit))
+            _git(place.root, "checkout", "--force", "--detach", commit)
     else:
         _git(workspace.root, "worktree", "add", "--detach", str(place.root), commit)
     with workspace_lock(place):
@@ -114,8 +114,8 @@ def _repository(workspace: Workspace) -> Iterator[Repo]:
 
 
 def _commit(stage: str, workspace: Workspace) -> None:
-    """In a process of its own: DVC's run cache works from the repository's root alone, and threads share a directory."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--force", "--quiet", stage]
+    """In a process of its own: DVC's run cache works from the repository's root, and threads share a directory."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--force", stage]
     dvc = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True, check=False)
     if dvc.returncode:
         raise IntegrityError(f"DVC cannot commit it: {dvc.stderr.strip()}", f"stage {stage}", "mend that and run again")
@@ -153,6 +153,12 @@ def _refuse_untracked_code(root: Path) -> None:
         raise ConfigError(
             f"git does not know {', '.join(unknown)}, so a worktree would run without", str(root), "git add, or remove"
         )
+
+
+def _present(root: Path) -> str:
+    """A commit of the checkout as it is, tracked changes included; no branch or stash refers to it."""
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return _git(root, "stash", "create") if changed else _git(root, "rev-parse", "HEAD")
 
 
 def _write_params(origin: Path, target: Path, changes: Mapping[str, Any]) -> None:
