@@ -77,8 +77,10 @@ class PPORun:
             log.info("continuing %s after cycle %d", self.fingerprint, len(self.records))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.tracker.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.tracker.__exit__(kind, error, tb)
 
     @property
     def stopped(self) -> str | None:
