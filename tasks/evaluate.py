@@ -74,14 +74,14 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
         "judge_gain": bootstrap_mean(judge, resamples, seed),
         "judge_share": bootstrap_share(judge, reward, resamples, seed),
         "kl": bootstrap_mean(policy.kl, resamples, seed),
-        "repetition_difference": bootstrap_mean(repeated[3], resamples, seed),
-        "repetition_1_difference": bootstrap_mean(repeated[1], resamples, seed),
+        "repetition_difference": bootstrap_mean(repeated[1], resamples, seed),
+        "repetition_3_difference": bootstrap_mean(repeated[3], resamples, seed),
     }
     metrics = {key: bound for name, interval in intervals.items() for key, bound in _bounds(name, interval)}
     metrics |= compare(policy, reference)
     metrics |= _language(policy, reference)
     metrics |= {"distinct_2_change": relative_change(metrics["distinct_2"], metrics["distinct_2_reference"])}
-    for name in ("repetition", "repetition_1"):
+    for name in ("repetition", "repetition_3"):
         metrics |= {f"{name}_change": relative_change(metrics[name], metrics[f"{name}_reference"])}
     return {"n": len(policy.prompts), **metrics}
 

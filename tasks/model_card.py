@@ -78,7 +78,7 @@ def _results(evidence: Evidence) -> str:
         "judge_share": "Judge gain / reward-model gain",
         "kl": "KL to the model before, nats a response",
         "distinct_2": "Distinct-2",
-        "repetition": "Repetition of 3-grams",
+        "repetition": "Repeated words",
         "length": "Length, tokens",
         "perplexity": "Perplexity under the model before",
     }

@@ -188,7 +188,7 @@ class GateParams(Section):
     max_distinct2_change: Positive = 0.2
     """Relative change of distinct-2 against the reference."""
     max_repetition_change: Positive = 0.2
-    """Relative change of the repetition rate against the reference."""
+    """Relative change of the share of repeated words against the reference."""
 
 
 class RegisterParams(Section):

@@ -25,7 +25,7 @@ ROLES = (("reward", "reward model", REWARD, "o"), ("judge", "judge", JUDGE, "s")
 """Key, name, colour and marker of the two models of preference."""
 LANGUAGE = (
     ("distinct_2", "distinct-2"),
-    ("repetition_1", "repeated words"),
+    ("repetition", "repeated words"),
     ("entropy", "entropy"),
     ("length", "length"),
 )

@@ -47,8 +47,8 @@ LANGUAGE = (
     ("distinct_1", "distinct-1", "Different words over all words, in all answers together."),
     ("distinct_2", "distinct-2", "The same of word pairs. Falls when answers become alike."),
     ("distinct_3", "distinct-3", "The same of word triples."),
-    ("repetition", "repetition", "Share of an answer's word triples that occurred in it before; mean over answers."),
-    ("repetition_1", "repeated words", "The same of single words: less rare, hence less noisy."),
+    ("repetition", "repetition", "Share of an answer's words that occurred in it before; mean over answers."),
+    ("repetition_3", "repeated triples", "The same of word triples: rarer, hence noisier."),
     ("perplexity", "perplexity", "How surprising the answers are to the reference: exp of the mean negative "
      "log-probability a token. Far lower: the model says what is safe. Far higher: it leaves the language."),
     ("entropy", "entropy", "Nats a token, of the law that the model samples from. Near 0, one answer is left."),
@@ -179,7 +179,7 @@ def _results(evaluation: Evaluation) -> list[Section]:
     )
     repeated = (
         f"The same answers, whatever anyone thinks of them. Repetition differs by "
-        f"{_difference(metrics, 'repetition')}, repeated words by {_difference(metrics, 'repetition_1')}: "
+        f"{_difference(metrics, 'repetition')}, repeated triples by {_difference(metrics, 'repetition_3')}: "
         "chance where the interval holds 0."
     )
     preference: list[list[object]] = [

@@ -115,7 +115,8 @@ def _measure(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> d
     correct = np.where(difference == 0, 0.5, difference > 0)
     margin, target = rows["margin"].to_numpy(), rows["target"].to_numpy()
     wide = margin >= gap
-    accuracy, every = accuracy_interval(correct[wide]), accuracy_interval(correct)
+    groups = rows["group"].to_numpy()  # pairs of a group share texts, and with them their luck
+    accuracy, every = accuracy_interval(correct[wide], groups[wide]), accuracy_interval(correct, groups)
     ece, bins = expected_calibration_error(1 / (1 + np.exp(-difference)), target)
     longer = np.sign(rows["chosen_tokens"].to_numpy() - rows["rejected_tokens"].to_numpy())
     return {

@@ -95,13 +95,13 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetitions(texts: Sequence[str], n: int = 3) -> np.ndarray:
+def repetitions(texts: Sequence[str], n: int = 1) -> np.ndarray:
     """Per text, the share of its n-grams that occurred in it before; 0 for a text too short to have any."""
     counts = [(len(grams), len(set(grams))) for grams in (ngrams(text, n) for text in texts)]
     return np.array([1 - different / total if total else 0.0 for total, different in counts])
 
 
-def repetition(texts: Sequence[str], n: int = 3) -> float:
+def repetition(texts: Sequence[str], n: int = 1) -> float:
     """Mean of `repetitions`."""
     return float(repetitions(texts, n).mean()) if texts else 0.0
 
@@ -140,8 +140,8 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
         "distinct_2_reference": distinct_n(reference.texts, 2),
         "repetition": repetition(policy.texts),
         "repetition_reference": repetition(reference.texts),
-        "repetition_1": repetition(policy.texts, n=1),
-        "repetition_1_reference": repetition(reference.texts, n=1),
+        "repetition_3": repetition(policy.texts, n=3),
+        "repetition_3_reference": repetition(reference.texts, n=3),
         "perplexity": float(np.exp(_mean(policy.ref_nll))),
         "perplexity_reference": float(np.exp(_mean(reference.ref_nll))),
     }

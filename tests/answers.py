@@ -64,10 +64,10 @@ def cycles(n: int = 4) -> pd.DataFrame:
             "length_reference": 24.0,
             "distinct_2": 0.95 - 0.01 * cycle,
             "distinct_2_reference": 0.95,
-            "repetition": 0.001,
-            "repetition_reference": 0.001,
-            "repetition_1": 0.055 + 0.001 * cycle,
-            "repetition_1_reference": 0.055,
+            "repetition": 0.055 + 0.001 * cycle,
+            "repetition_reference": 0.055,
+            "repetition_3": 0.001,
+            "repetition_3_reference": 0.001,
         }
     )
 

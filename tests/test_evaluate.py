@@ -147,10 +147,12 @@ def test_changes_of_the_language_by_hand():
     reference = replace(reference_answers(2), texts=["a b c a b c", "d e f g"])
     policy = replace(reference, texts=["a b c a b c", "d e f d e f"])
     metrics = measure(policy, reference, 20, seed=1)
-    # Pairs: 3 of 5 and 3 of 3 are different, 6 of 8; afterwards 3 + 3 of 10. Triples again: 1/4 and 0, then 1/4 twice.
+    # Pairs: 3 of 5 and 3 of 3 are different, 6 of 8; afterwards 3 + 3 of 10. Words again: 3/6 and 0, then 3/6 twice.
     assert metrics["distinct_2_change"] == pytest.approx(abs(6 / 10 - 6 / 8) / (6 / 8))
     assert metrics["repetition_change"] == pytest.approx(1.0)
-    assert metrics["repetition_difference"] == pytest.approx(1 / 8)
+    assert metrics["repetition_difference"] == pytest.approx(1 / 4)
+    # Triples again: 1/4 and 0, then 1/4 twice.
+    assert metrics["repetition_3_difference"] == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize("name", ["reward", "judge", "kl", "ref_nll"])

@@ -163,13 +163,13 @@ def test_an_empty_answer_is_said_to_be_empty_and_a_long_one_is_cut():
     assert len(report._shown("x" * 5000)) == report.EXCERPT
 
 
-@pytest.mark.parametrize("missing", ["kl", "judge_gain", "judge_win_rate", "repetition_1", "distinct_2_reference"])
+@pytest.mark.parametrize("missing", ["kl", "judge_gain", "judge_win_rate", "repetition", "distinct_2_reference"])
 def test_a_column_that_was_not_recorded_leaves_out_its_curve(missing):
     table = cycles().drop(columns=missing)
     plots.cycles_figure(table, 15.0, 2)
     plots.overoptimisation_figure(table, 15.0)
     (language,) = plots.language_figure(table).axes
-    left_out = {"repetition_1": "repeated words", "distinct_2_reference": "distinct-2"}.get(missing)
+    left_out = {"repetition": "repeated words", "distinct_2_reference": "distinct-2"}.get(missing)
     assert left_out not in [line.get_label() for line in language.lines]
 
 

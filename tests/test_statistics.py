@@ -110,10 +110,10 @@ def test_distinct_n_counted_by_hand():
 
 def test_repetition_counted_by_hand():
     # abc bca cab abc: one of four was there before. "a b" has no triple; "x x x x x" has three, two of them again.
-    assert repetition(["a b c a b c"]) == 1 / 4
-    assert repetition(["a b c a b c", "a b", "x x x x x"]) == pytest.approx((1 / 4 + 0 + 2 / 3) / 3)
-    assert repetition(["a b c", "a b c"]) == 0.0  # in another text it is no repetition
-    assert repetition(["a a b", "b"], n=1) == pytest.approx((1 / 3 + 0) / 2)
+    assert repetition(["a b c a b c"], n=3) == 1 / 4
+    assert repetition(["a b c a b c", "a b", "x x x x x"], n=3) == pytest.approx((1 / 4 + 0 + 2 / 3) / 3)
+    assert repetition(["a b c", "a b c"], n=3) == 0.0  # in another text it is no repetition
+    assert repetition(["a a b", "b"]) == pytest.approx((1 / 3 + 0) / 2)
     assert repetition([]) == 0.0
 
 
@@ -147,7 +147,7 @@ def test_compare_by_hand():
     assert figures["judge_share"] == 0.25
     assert (figures["kl"], figures["entropy"], figures["length"], figures["ended_rate"]) == (5.0, 1.5, 3.0, 0.5)
     assert (figures["distinct_2"], figures["distinct_2_reference"]) == (3 / 4, 2 / 3)
-    assert (figures["repetition"], figures["repetition_1"], figures["repetition_1_reference"]) == (0.0, 0.0, 0.25)
+    assert (figures["repetition_3"], figures["repetition"], figures["repetition_reference"]) == (0.0, 0.0, 0.25)
     assert figures["perplexity"] == pytest.approx(np.e)
     assert figures["perplexity_reference"] == pytest.approx(np.exp(2))
 
