@@ -105,7 +105,8 @@ class ActorCritic(nn.Module):
 def _before_responses(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:
     """Hidden states [B, R, D] of the positions before each response token: those that predict and value it."""
     hidden: Tensor = stack(activations, sequences.attention)
-    return hidden[:, sequences.prompt_length - 1 : -1]
+    # Contiguous, because a linear layer on a slice becomes one small product a row: 28 times slower on CPU.
+    return hidden[:, sequences.prompt_length - 1 : -1].contiguous()
 
 
 def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
