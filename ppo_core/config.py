@@ -73,9 +73,9 @@ class LossConfig(Section):
 
 
 class UpdateConfig(Section):
-    learning_rate: Positive = 1.5e-4
+    learning_rate: Positive = 2.5e-4
     """Of the policy (and of a shared critic)."""
-    critic_learning_rate: Positive = 1.5e-4
+    critic_learning_rate: Positive = 2.5e-4
     """Of the value head, and of a separate critic's layers."""
     epochs: Count = 2
     """Passes over a rollout."""

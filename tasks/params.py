@@ -127,7 +127,7 @@ class ValidateParams(Section):
 class PreferenceTraining(Section):
     """Training of one model of preferences."""
 
-    steps: Count = 150
+    steps: Count = 100
     """Optimiser steps."""
     batch_pairs: Count = 64
     """Pairs a step; texts that several pairs share are read once."""
@@ -153,8 +153,8 @@ class TargetParams(Section):
     """When training has reached what it is for, on the dev prompts."""
 
     metric: Literal["judge_win_rate", "judge_gain", "reward_gain"] = "judge_win_rate"
-    threshold: float = 0.9
-    patience: Count = 2
+    threshold: float = 0.82
+    patience: Count = 1
     """For how many cycles in a row."""
 
 
