@@ -40,7 +40,7 @@ $(VENV)/ready: requirements.lock requirements-torch.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "1/2 packages"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	@echo "2/2 torch"
+	@echo "2/2 torch and what builds on it"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-torch.txt
 	@touch $@
 

@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there.
 
-A folder is written beside its place, synced to disk, sealed by a manifest with the SHA-256 of every file, and renamed. Tensors are
-safetensors, the rest is JSON; no pickle.
+A folder is written beside its place, synced to disk, sealed by a manifest with the SHA-256 of every file, and
+renamed. Tensors are safetensors, the rest is JSON; no pickle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A causal LM of transformers, cut across its layers: a frozen trunk below, tops that differ above.
 
-Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. Everything runs through
-the model's own transformers code. A trunk of depth 0 is the identity on token ids: the tops are then whole models.
+Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. Everything runs
+through the model's own transformers code. A trunk of depth 0 is the identity on token ids: the tops are then whole
+models.
 
 Shapes: B batch, T position in prompt + response, D width, V vocabulary.
 """
@@ -78,10 +79,11 @@ def depth_of(stack: Stack) -> int:
     return len(decoder.layers)
 
 
-def split(model: Any, top_layers: int) -> tuple[Stack | None, Stack]:
+def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
     """Cut `model` so that the upper stack has `top_layers` layers and the final norm; weights are shared, not copied.
 
-    Raises ConfigError if the model has no more layers than that, or is not built like Llama (layers, norm, embed_tokens).
+    Raises ConfigError if the model has no more layers than that, or is not built like Llama (layers, norm,
+    embed_tokens).
     """
     layers = _layers(model)
     if not 0 < top_layers < len(layers):
@@ -99,9 +101,11 @@ def split(model: Any, top_layers: int) -> tuple[Stack | None, Stack]:
 
 def join(trunk: Stack | None, top: Stack) -> nn.Module:
     """The decoder that runs trunk and top in one go, on their own weights; it samples."""
+    upper: Any = top.decoder
     if trunk is None:
-        return top.decoder
-    return _with(trunk.decoder, [*trunk.decoder.layers, *top.decoder.layers], top.decoder.norm)
+        return upper
+    lower: Any = trunk.decoder
+    return _with(lower, [*lower.layers, *upper.layers], upper.norm)
 
 
 def clone(stack: Stack) -> Stack:
@@ -120,7 +124,7 @@ def _layers(model: Any) -> nn.ModuleList:
     return decoder.layers
 
 
-def _with(decoder: nn.Module, layers: Any, norm: nn.Module) -> nn.Module:
+def _with(decoder: Any, layers: Any, norm: nn.Module) -> Any:
     """A shallow copy of `decoder` with other layers and another final norm."""
     twin = copy.copy(decoder)
     twin._modules = dict(decoder._modules)

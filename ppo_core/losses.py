@@ -47,8 +47,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped surrogate, max(-A r, -A clip(r, 1 - eps, 1 + eps)) with r = exp(logprobs - old_logprobs).
 
-    Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347), as a loss. `dual_clip` c > 1 bounds it by -A c where
-    A < 0 (Ye et al. 2020, equation 5, https://arxiv.org/abs/1912.09729). All inputs [B, R].
+    Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347), as a loss. `dual_clip` c > 1 bounds it by -A
+    c where A < 0 (Ye et al. 2020, equation 5, https://arxiv.org/abs/1912.09729). All inputs [B, R].
     """
     log_ratio = counted(logprobs - old_logprobs, mask)
     ratio = log_ratio.exp()
@@ -90,9 +90,9 @@ def preference_loss(
 ) -> Tensor:
     """Bradley-Terry cross-entropy, the mean of -(t log s(x) + (1 - t) log s(-x)), s the logistic function.
 
-    x = chosen - rejected - margin, all [B]. `target` t is the probability that people prefer the chosen one (1 if not given).
-    Christiano et al. 2017, equation 1 (https://arxiv.org/abs/1706.03741); the margin as in Touvron et al. 2023, equation 2
-    (https://arxiv.org/abs/2307.09288).
+    x = chosen - rejected - margin, all [B]. `target` t is the probability that people prefer the chosen one (1 if not
+    given). Christiano et al. 2017, equation 1 (https://arxiv.org/abs/1706.03741); the margin as in Touvron et al.
+    2023, equation 2 (https://arxiv.org/abs/2307.09288).
     """
     x = chosen_scores - rejected_scores
     if margin is not None:

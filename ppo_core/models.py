@@ -46,7 +46,7 @@ class ActorCritic(nn.Module):
     trunk: Stack | None
 
     def __init__(self, model: Any, config: ModelConfig, critic_top: Stack | None = None) -> None:
-        """`model` becomes the reference and is never changed. A separate critic starts from `critic_top`, or the policy."""
+        """`model` becomes the reference, never changed. A separate critic starts from `critic_top`, or the policy."""
         super().__init__()
         self.config = config
         self.reference_model = model

@@ -46,8 +46,8 @@ def fit(
 ) -> None:
     """Train `scorer` in place; `on_step(step, loss)` after each optimiser step.
 
-    The learning rate warms up over the first tenth and falls to zero along a cosine. Raises TrainingHealthError on a loss that
-    is not finite.
+    The learning rate warms up over the first tenth and falls to zero along a cosine. Raises TrainingHealthError on a
+    loss that is not finite.
     """
     weights = MasterWeights(scorer.trained())
     for parameter in weights.working:

@@ -20,8 +20,8 @@ def shape_rewards(
     """Rewards [B, R] from scores [B] and log-probabilities [B, R] of policy and reference.
 
     r_t = -kl_coef * kl_t, plus the score on the last token that counts: EOS, or the cut
-    (Ziegler et al. 2019, equation 2, with the penalty spread over the tokens). `score_clip` bounds the score, which by now
-    is normalised and penalised. A response without any token is scored at its first position.
+    (Ziegler et al. 2019, equation 2, with the penalty spread over the tokens). `score_clip` bounds the score, which
+    by now is normalised and penalised. A response without any token is scored at its first position.
     """
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)

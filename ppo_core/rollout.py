@@ -60,8 +60,8 @@ def collect(
 ) -> Rollout:
     """Sample one response a prompt and score it.
 
-    The log-probabilities kept are those of the scoring pass: the same arithmetic as in the update, so that the first ratio is 1
-    whatever the precision.
+    The log-probabilities kept are those of the scoring pass: the same arithmetic as in the update, so that the first
+    ratio is 1 whatever the precision.
     """
     samples = sample(model.sampler, model.policy_head, prompts, sampling, seeds, eos, pad)
     parts = [

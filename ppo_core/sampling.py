@@ -25,9 +25,9 @@ def sample(
 ) -> Samples:
     """One response to each prompt.
 
-    Row b draws its uniforms from a generator of its own, seeded by `seeds[b]`, and turns them into tokens through the inverse
-    of the distribution function: its sample does not depend on its neighbours, and two models given the same seeds draw with
-    common random numbers.
+    Row b draws its uniforms from a generator of its own, seeded by `seeds[b]`, and turns them into tokens through the
+    inverse of the distribution function: its sample does not depend on its neighbours, and two models given the same
+    seeds draw with common random numbers.
     """
     from transformers import DynamicCache
 

@@ -1,6 +1,7 @@
 """Models that give a text one score: the reward model, on the policy's trunk, and encoders (the judge).
 
-Scores are in standard deviations of human-written text once `calibrate` has seen some. Shapes: B batch, T position, D width.
+Scores are in standard deviations of human-written text once `calibrate` has seen some. Shapes: B batch, T position, D
+width.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ class RewardModel(nn.Module):
 
 
 class EncoderScorer(nn.Module):
-    """A bidirectional encoder of transformers, mean-pooled (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084)."""
+    """A bidirectional encoder of transformers, mean-pooled (Reimers & Gurevych 2019).
+
+    https://arxiv.org/abs/1908.10084
+    """
 
     def __init__(self, encoder: Any, pad: int) -> None:
         super().__init__()

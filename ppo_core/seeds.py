@@ -1,7 +1,7 @@
 """Randomness by name: a choice is drawn from a generator seeded by what it is for.
 
-Nothing depends on what was drawn before it, so a resumed run needs counters, not generator states, and a row's sample does not
-depend on the batch it was in.
+Nothing depends on what was drawn before it, so a resumed run needs counters, not generator states, and a row's sample
+does not depend on the batch it was in.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +76,9 @@ class Rollout:
         return self.sequences.mask
 
     def rows(self, index: Tensor) -> Rollout:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{k: v.rows(index) if isinstance(v, Sequences) else v[index] for k, v in parts.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        sequences: Sequences = parts.pop("sequences")
+        return Rollout(sequences.rows(index), **{name: tensor[index] for name, tensor in parts.items()})
 
 
 def pad_prompts(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

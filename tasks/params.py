@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ppo_core.config import Count, Fraction, PPOConfig, Positive, Section
+from ppo_core.config import Count, Fraction, Positive, PPOConfig, Section
 from tasks.errors import ConfigError, Problem
 
 Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-]+@[\w.-]+|file:.+)$")]
@@ -139,7 +139,8 @@ class PreferenceTraining(Section):
 
 class RewardModelParams(Section):
     top_layers: Count = 6
-    """Layers of the reward model's own, above the policy's frozen trunk; as many as `ppo.model.top_layers` share its pass."""
+    """Layers of the reward model's own, above the policy's frozen trunk; as many as `ppo.model.top_layers` share its
+    pass."""
     reward: PreferenceTraining = PreferenceTraining()
     """The model that PPO maximises, on the policy's own trunk."""
     judge: PreferenceTraining = PreferenceTraining()

@@ -1,7 +1,8 @@
 """Stage 4: PPO in cycles, each checkpointed and recorded before the next begins.
 
-State lies in `work/ppo/<fingerprint>/`: `cycle_NNN` (the policy's trained weights and the cycle's record; all are kept) and
-`state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when its folder is there.
+State lies in `work/ppo/<fingerprint>/`: `cycle_NNN` (the policy's trained weights and the cycle's record; all are
+kept) and `state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when its folder is
+there.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ class PPORun:
             log.info("continuing %s after cycle %d", self.fingerprint, len(self.records))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.tracker.__exit__(kind, error, tb)
 
     @property
@@ -105,7 +104,8 @@ class PPORun:
         figures = compare(self.examiner.ask(trainer.model, "dev"), self.before)
         record: Record = {"cycle": cycle, "reward/kl_coef": trainer.kl.coef}
         record |= {f"dev/{name}": value for name, value in figures.items()}
-        record |= {f"{'time' if name.endswith('_s') else 'train'}/{name}": float(v) for name, v in stats.items()}
+        for name, value in stats.items():
+            record[f"{'time' if str(name).endswith('_s') else 'train'}/{name}"] = float(value)
         record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
         self._save(trainer, record)
         self.records.append(record)
@@ -222,7 +222,7 @@ class PPORun:
 
     def _write_curves(self, records: list[Record]) -> None:
         rows = pd.DataFrame(records)
-        columns = ["cycle", *(name for name in rows if name.startswith("dev/"))]
+        columns = ["cycle", *(name for name in map(str, rows) if name.startswith("dev/"))]
         self.workspace.cycles_csv.parent.mkdir(parents=True, exist_ok=True)
         rows[columns].rename(columns=lambda name: name.removeprefix("dev/")).to_csv(
             self.workspace.cycles_csv, index=False

@@ -113,17 +113,16 @@ def reward_tokens(tokenizer: Any, prompt: str, text_format: str, response: str, 
 
 def tokenise_pairs(frame: pd.DataFrame, encode: Any) -> Pairs:
     """Pairs over the list of their different texts; `encode(prompt, format, response)` gives token ids."""
-    positions: dict[tuple[str, str, str], int] = {}
+    positions: dict[tuple[str, ...], int] = {}
     texts: list[list[int]] = []
 
-    def position(row: Any, response: str) -> int:
-        key = (row.prompt, row.format, response)
+    def position(*key: str) -> int:
         if key not in positions:
             positions[key] = len(texts)
             texts.append(encode(*key))
         return positions[key]
 
-    rows = list(frame.itertuples())
-    chosen = [position(row, row.chosen) for row in rows]
-    rejected = [position(row, row.rejected) for row in rows]
+    prompts = list(zip(frame["prompt"], frame["format"], strict=True))
+    chosen = [position(*prompt, text) for prompt, text in zip(prompts, frame["chosen"], strict=True)]
+    rejected = [position(*prompt, text) for prompt, text in zip(prompts, frame["rejected"], strict=True)]
     return Pairs(texts, chosen, rejected, frame["target"].tolist())

@@ -86,8 +86,8 @@ class Examiner:
             for start in range(0, len(prompts), size)
         ]
         figures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        sequences = samples.sequences
-        texts = [decode(self.tokenizer, ids[m].tolist()) for ids, m in zip(sequences.responses, sequences.mask)]
+        answers = zip(samples.sequences.responses, samples.sequences.mask, strict=True)
+        texts = [decode(self.tokenizer, ids[mask].tolist()) for ids, mask in answers]
         return figures | {"texts": np.array(texts, dtype=object)}
 
 

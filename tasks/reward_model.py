@@ -50,7 +50,7 @@ def _train_reward_model(params: Params, workspace: Workspace, pairs: pd.DataFram
         "reward",
         scorer,
         pairs,
-        lambda *text: models.reward_tokens(tokenizer, *text, training.max_tokens),
+        lambda prompt, form, text: models.reward_tokens(tokenizer, prompt, form, text, training.max_tokens),
         params,
         training,
     )
@@ -67,7 +67,9 @@ def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> d
         "judge",
         scorer,
         pairs,
-        lambda *text: models.judge_tokens(tokenizer, models.judge_text(*text), training.max_tokens),
+        lambda prompt, form, text: models.judge_tokens(
+            tokenizer, models.judge_text(prompt, form, text), training.max_tokens
+        ),
         params,
         training,
     )

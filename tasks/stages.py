@@ -35,7 +35,9 @@ def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
     try:
         result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)
     except FileNotFoundError as error:
-        raise DataError("is missing", str(error.filename), f"run the stages before {stage}: `dvc repro {stage}`") from error
+        raise DataError(
+            "is missing", str(error.filename), f"run the stages before {stage}: `dvc repro {stage}`"
+        ) from error
     write_metrics(stage, result, workspace)
     log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
     return result
