@@ -52,10 +52,10 @@ def prefect_api(log_file: Path, meanwhile: Callable[[], None] = lambda: None) ->
                 try:
                     yield api_url(port)
                 finally:
-                    _deliver()
+                    deliver()
 
 
-def _deliver() -> None:
+def deliver() -> None:
     """Send what waits in Prefect's queues. It would do so when the interpreter ends, after our server has gone."""
     APILogWorker.drain_all(timeout=5)
     EventsWorker.drain_all(timeout=5)
