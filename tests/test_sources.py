@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 
+import datasets
 import httpx
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -116,11 +118,37 @@ def test_a_data_file_of_the_hub_is_fetched_alone(hub, get, tmp_path):
         get(DataSource(source=f"hub:some/data@{COMMIT}", file="test.jsonl", format="hh"))
 
 
-def test_a_hub_source_must_say_commit_and_file(get):
+def test_a_hub_source_must_say_its_commit(get):
     with pytest.raises(ConfigError, match="revision 'main' can move"):
         get(SourceParams(source="hub:some/model@main"))
-    with pytest.raises(ConfigError, match="which file"):
+
+
+def test_a_split_of_the_hub_is_read_by_datasets(get, monkeypatch):
+    asked = {}
+
+    def load(name, subset, **options):
+        asked.update(options, name=name, subset=subset)
+        return datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    fetched = get(DataSource(source=f"hub:some/data@{COMMIT}", subset="harmless", split="test", format="hh"))
+    assert asked == {"name": "some/data", "subset": "harmless", "split": "test", "revision": COMMIT}
+    assert pq.read_table(fetched.path).to_pylist() == [{"chosen": "a", "rejected": "b"}]
+    assert fetched.sha256 == hashlib.sha256(fetched.path.read_bytes()).hexdigest()
+
+
+def test_a_split_out_of_reach_is_a_service_error(get):
+    with pytest.raises(ServiceError, match="some/data@"):  # the tests run with HF_HUB_OFFLINE
         get(DataSource(source=f"hub:some/data@{COMMIT}", format="hh"))
+
+
+def test_a_split_that_is_not_there_is_a_data_error(get, monkeypatch):
+    def load(*_, **__):
+        raise ValueError("Unknown split")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match="Unknown split"):
+        get(DataSource(source=f"hub:some/data@{COMMIT}", split="tset", format="hh"))
 
 
 def test_a_hub_out_of_reach_is_a_service_error(get, tmp_path, monkeypatch):
