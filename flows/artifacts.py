@@ -22,6 +22,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
+from flows.server import HOST, MLFLOW_PORT
 from tasks.workspace import Workspace
 
 REPORTS = {
@@ -49,11 +50,21 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
     report = workspace.report(stage) / "report.md"
     if stage in REPORTS and report.is_file() and report.stat().st_mtime >= since:
         key, description = REPORTS[stage]
+        description += f". As a page: `{report.with_suffix('.html')}`"
         create_markdown_artifact(with_pictures(report.read_text(encoding="utf-8"), report.parent), key, description)
 
 
-def publish_link(key: str, link: str, text: str, description: str) -> None:
-    create_link_artifact(link, text, key, description)
+def publish_run_link(run_id: str, workspace: Workspace) -> None:
+    """Where this training is in MLflow: on its server, or where `make ui` puts one."""
+    from tasks.tracking import connect, tracking_uri  # MLflow takes seconds to import
+
+    store = tracking_uri(workspace)
+    base = store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"
+    experiment = connect(workspace).get_run(run_id).info.experiment_id
+    link = f"{base}/#/experiments/{experiment}/runs/{run_id}"
+    create_link_artifact(
+        link, "the run in MLflow", "mlflow-run", "Parameters, curves and models (while `make ui` runs)"
+    )
 
 
 def with_pictures(markdown: str, folder: Path) -> str:

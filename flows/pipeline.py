@@ -136,6 +136,7 @@ def _ppo(params: Params, workspace: Workspace) -> StageResult:
             live.show(run.records, run.stopped)
         result = run.finish()
     write_metrics("ppo", result, workspace)
+    artifacts.publish_run_link(result.metrics["mlflow_run_id"], workspace)
     return result
 
 

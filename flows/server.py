@@ -20,7 +20,8 @@ from flows.leash import leashed
 from tasks.errors import ServiceError
 
 HOST = "127.0.0.1"
-PREFECT_PORT = 4200
+PREFECT_PORT, MLFLOW_PORT = 4200, 5000
+"""Of `make ui`."""
 ANSWER_SECONDS = 10
 """How long a configured server may take to answer before it counts as gone."""
 START_SECONDS = 120

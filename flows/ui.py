@@ -27,8 +27,6 @@ from flows.leash import leashed  # noqa: E402
 from tasks.errors import ProximalError, ResourceError, ServiceError  # noqa: E402
 from tasks.workspace import Workspace  # noqa: E402
 
-MLFLOW_PORT = 5000
-
 
 @dataclass(frozen=True)
 class Dashboard:
@@ -154,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "Ctrl-C. A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is linked to instead of started.",
     )
     parser.add_argument("--prefect-port", type=int, default=server.PREFECT_PORT, help="default: %(default)s")
-    parser.add_argument("--mlflow-port", type=int, default=MLFLOW_PORT, help="default: %(default)s")
+    parser.add_argument("--mlflow-port", type=int, default=server.MLFLOW_PORT, help="default: %(default)s")
     return parser
 
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import tiny
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import FlowRun, StateType
 from waiting import eventually
 
 from flows import server
+from tasks.lineage import PID
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace
@@ -52,11 +52,6 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"it ended without {pattern}:\n{told}")
 
 
-def is_running(run: FlowRun) -> bool:
-    """Whether a process has said that this run is its own."""
-    return run.state_type == StateType.RUNNING and "proximal.pid" in run.labels
-
-
 @pytest.mark.parametrize(
     ("how", "code", "state"), [("SIGTERM", 143, "Crashed"), ("SIGINT", 130, "Crashed"), ("cancel", 143, "Cancelled")]
 )
@@ -65,7 +60,8 @@ def test_a_run_that_is_told_to_end_ends_and_frees_all(
 ) -> None:
     process = start(checkout, PREFECT_API_URL=api)
     read_until(process, "Beginning flow run")
-    run = eventually(lambda: next(filter(is_running, client.read_flow_runs()), None))
+    # The run has said which process it is once the flow itself runs.
+    run = eventually(lambda: next((r for r in client.read_flow_runs() if r.labels.get(PID) == str(process.pid)), None))
     children = psutil.Process(process.pid).children(recursive=True)
     if how == "cancel":
         client.set_flow_run_state(run.id, prefect.states.Cancelling())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import prefect
@@ -24,6 +25,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_HOME
 
 import tasks.ppo
+import tasks.tracking
 import tasks.versioning
 from flows import gpu, lifecycle, pipeline
 from tasks.errors import DataError, Problem, ResourceError, ServiceError
@@ -69,7 +71,7 @@ class Stages:
         return self.records[-1]
 
     def finish(self) -> StageResult:
-        return StageResult({"cycles": 3}, "three cycles")
+        return StageResult({"cycles": 3, "mlflow_run_id": "abc"}, "three cycles")
 
     def _called(self, name: str) -> None:
         self.ran.append(name)
@@ -82,10 +84,15 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stages = Stages()
     monkeypatch.setattr(pipeline, "run_stage", stages.run)
     monkeypatch.setattr(tasks.ppo, "open_run", stages.open_run)
+    monkeypatch.setattr(tasks.tracking, "connect", lambda workspace: SimpleNamespace(get_run=_mlflow_run))
     monkeypatch.setattr(tasks.versioning, "up_to_date", lambda stage, workspace: stage in stages.done)
     monkeypatch.setattr(tasks.versioning, "stage_guard", lambda stage, workspace, began: nullcontext())
     monkeypatch.setattr(tasks.versioning, "source_digests", lambda workspace: {})
     return stages
+
+
+def _mlflow_run(run_id: str) -> SimpleNamespace:
+    return SimpleNamespace(info=SimpleNamespace(experiment_id="7"))
 
 
 @pytest.fixture
@@ -102,11 +109,11 @@ def run_of(client: SyncPrefectClient, place: Workspace) -> FlowRun:
     return next(run for run in runs if run.parameters.get("workspace") == str(place.root))
 
 
-def states(client: SyncPrefectClient, run: FlowRun) -> list[tuple[str, str]]:
-    """(name, state) of its task runs, oldest first. Prefect records them with a delay."""
-    for _ in range(100):
+def states(client: SyncPrefectClient, run: FlowRun, expected: int) -> list[tuple[str, str]]:
+    """(name, state) of its task runs, oldest first. Prefect records them with a delay: waits for that many."""
+    for _ in range(300):
         found = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
-        if found and all(task.state is not None and task.state.is_final() for task in found):
+        if len(found) >= expected and all(task.state is not None and task.state.is_final() for task in found):
             break
         time.sleep(0.1)
     found.sort(key=lambda task: task.start_time)
@@ -131,10 +138,12 @@ def test_every_stage_and_every_cycle_is_a_task_run(stages: Stages, place: Worksp
     assert pipeline.align(None, str(place.root)) == str(place.root)
     run = run_of(client, place)
     completed = ["validate", "reward_model", "ppo", *(f"ppo cycle {n}" for n in (1, 2, 3)), "evaluate", "register"]
-    assert states(client, run) == [("ingest", "Skipped"), *((name, "Completed") for name in completed)]
+    assert states(client, run, 9) == [("ingest", "Skipped"), *((name, "Completed") for name in completed)]
     assert run.state_name == "Completed"
     assert artifact(client, run, "data-verdict") == ["# validate"]
     assert artifact(client, run, "alignment-report") == ["# evaluate"]
+    (link,) = artifact(client, run, "mlflow-run")
+    assert "/#/experiments/7/runs/abc" in link
     (table,) = artifact(client, run, "ppo-cycles")
     assert '"cycle": 3' in table
     assert artifact(client, run, "ppo-progress") == [100.0]
@@ -148,7 +157,7 @@ def test_all_up_to_date_runs_nothing_and_is_recorded(
     stages.done = set(STAGES)
     pipeline.align(None, str(place.root))
     assert stages.ran == []
-    assert states(client, run_of(client, place)) == [(stage, "Skipped") for stage in STAGES]
+    assert states(client, run_of(client, place), 6) == [(stage, "Skipped") for stage in STAGES]
 
 
 def test_force_runs_what_is_up_to_date(stages: Stages, place: Workspace, api: str) -> None:
@@ -164,7 +173,7 @@ def test_an_error_for_people_fails_the_run_with_its_message(
     with pytest.raises(DataError, match=re.escape("a.csv:3:text — is empty — fill it")):
         pipeline.align(None, str(place.root))
     run = run_of(client, place)
-    assert states(client, run) == [("ingest", "Completed"), ("validate", "Failed")]
+    assert states(client, run, 2) == [("ingest", "Completed"), ("validate", "Failed")]
     assert run.state_name == "Failed"
     assert "a.csv:3:text — is empty — fill it" in (run.state.message or "")
     assert artifact(client, run, "data-verdict") == ["# validate"], "the report says why"
@@ -189,7 +198,7 @@ def test_only_services_are_asked_again(
         "cycle 3",
         "evaluate",
     ]
-    cycles = [state for state in states(client, run_of(client, place)) if "cycle" in state[0]]
+    cycles = [state for state in states(client, run_of(client, place), 9) if "cycle" in state[0]]
     assert cycles == [
         (f"ppo cycle {n}", state) for n, state in ((1, "Completed"), (2, "Failed"), (2, "Completed"), (3, "Completed"))
     ]
@@ -243,4 +252,5 @@ def test_what_dead_processes_left_open_is_closed(stages: Stages, place: Workspac
     pipeline.align(None, str(place.root))
     assert client.read_flow_run(left.id).state_name == "Crashed"
     assert client.read_flow_run(alive.id).state_name == "Running"
+    client.delete_flow_run(alive.id)
     assert slots(client) == 0
