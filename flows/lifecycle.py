@@ -6,9 +6,10 @@ import contextvars
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from uuid import UUID
 
 import httpx
@@ -16,14 +17,16 @@ from prefect import Flow, State, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Crashed
 
 from flows.gpu import LEASE
-from tasks.lineage import is_alive, is_here, process_tags
+from tasks.run_tags import is_alive, is_here, process_tags
 
 CANCEL_POLL_SECONDS = 3.0
 _OPEN = {"any_": [StateType.RUNNING, StateType.CANCELLING]}
 
+_SIGNALS = {TerminationSignal: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 _CANCEL = (StateType.CANCELLING, StateType.CANCELLED)
 
 log = logging.getLogger(__name__)
@@ -35,11 +38,27 @@ def own_run() -> Iterator[None]:
     run_id = UUID(runtime.flow_run.id)
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(run_id, {**process_tags()})
-    if runtime.deployment.id:
+    with signals_arrive(), nullcontext() if runtime.deployment.id else _cancellable(run_id):
         yield
-        return
-    with _cancellable(run_id):
+
+
+@contextmanager
+def signals_arrive() -> Iterator[None]:
+    """Send a signal again whose exception was raised while Python ran a finalizer: nothing can catch it there."""
+    hook = sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        number = next((number for kind, number in _SIGNALS.items() if issubclass(lost.exc_type, kind)), None)
+        if number is None:
+            hook(lost)
+        else:
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
+    try:
         yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def close_abandoned(flow_name: str) -> None:

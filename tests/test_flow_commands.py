@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from waiting import eventually
 
 from flows import align as command
-from flows import artifacts, closing, gpu, pipeline, serve, server, ui
+from flows import artifacts, closing, gpu, lifecycle, pipeline, serve, server, ui
 from flows.leash import leashed
 from tasks.errors import ResourceError, ServiceError
 from tasks.params import dump_params, load_params
@@ -75,6 +76,15 @@ def test_a_server_that_is_away_does_not_end_the_work(caplog: pytest.LogCaptureFi
 
 def _taken(client: SyncPrefectClient) -> int:
     return client.read_global_concurrency_limit_by_name(gpu.SLOT).active_slots
+
+
+def test_a_signal_that_meets_a_finalizer_arrives_nevertheless() -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lifecycle.signals_arrive():
+        time.sleep(5 if Finalized() else 0)
 
 
 def test_a_leashed_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:

@@ -26,11 +26,6 @@ from tasks.workspace_lock import workspace_lock
 pytest_plugins = ["flow_server"]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return tiny.tiny_workspace(tmp_path_factory.mktemp("checkout") / "tiny")
-
-
 def start(checkout: Workspace, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "flows.align"],
@@ -56,9 +51,9 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     ("how", "code", "state"), [("SIGTERM", 143, "Crashed"), ("SIGINT", 130, "Crashed"), ("cancel", 143, "Cancelled")]
 )
 def test_a_run_that_is_told_to_end_ends_and_frees_all(
-    how: str, code: int, state: str, checkout: Workspace, api: str, client: SyncPrefectClient
+    how: str, code: int, state: str, workspace: Workspace, api: str, client: SyncPrefectClient
 ) -> None:
-    process = start(checkout, PREFECT_API_URL=api)
+    process = start(workspace, PREFECT_API_URL=api)
     read_until(process, "Beginning flow run")
     # The run has said which process it is once the flow itself runs.
     run = eventually(lambda: next((r for r in client.read_flow_runs() if r.labels.get(PID) == str(process.pid)), None))
@@ -71,12 +66,13 @@ def test_a_run_that_is_told_to_end_ends_and_frees_all(
     assert process.returncode == code, told
     assert client.read_flow_run(run.id).state_name == state
     assert not any(child.is_running() for child in children)
-    with workspace_lock(checkout):
+    with workspace_lock(workspace):
         pass
 
 
-def test_killed_in_training_it_leaves_no_server_and_continues(checkout: Workspace, tmp_path: Path) -> None:
+def test_killed_in_training_it_leaves_no_server_and_continues(tmp_path: Path) -> None:
     """With a server of its own. Then it all is up to date, for DVC too, and nothing runs again."""
+    checkout = tiny.tiny_workspace(tmp_path / "checkout")
     environment = {"PREFECT_HOME": str(tmp_path / "home")}
     killed = start(checkout, **environment)
     told = read_until(killed, "Task run 'ppo cycle 1' - Finished in state Completed")
