@@ -56,9 +56,9 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
 
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
     """Where this training is in MLflow: on its server, or where `make ui` puts one."""
-    from tasks.tracking import connect, tracking_uri  # MLflow takes seconds to import
+    from tasks.tracking import connect, public_uri, tracking_uri  # MLflow takes seconds to import
 
-    store = tracking_uri(workspace)
+    store = public_uri(tracking_uri(workspace))
     base = store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"
     experiment = connect(workspace).get_run(run_id).info.experiment_id
     link = f"{base}/#/experiments/{experiment}/runs/{run_id}"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """A section of parameters: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -45,7 +45,7 @@ class RewardConfig(Section):
     kl_target: Positive | None = None
     """Sequence KL (nats) that an adaptive coefficient steers to (Ziegler et al. 2019, section 2.2). Empty: fixed."""
     kl_horizon: Count = 10000
-    """Responses over which the adaptive coefficient may change by a factor of about e."""
+    """Responses over which the adaptive coefficient may change by a factor of 1.22 (e to the 0.2) at most."""
     score_clip: Positive | None = 5.0
     """Scores, in standard deviations of human text, are clipped to this range."""
 
@@ -102,10 +102,16 @@ class PPOConfig(Section):
     update: UpdateConfig = UpdateConfig()
 
     @model_validator(mode="after")
-    def _minibatches_divide_the_rollout(self) -> PPOConfig:
+    def _possible(self) -> PPOConfig:
         if self.rollout_size % self.update.minibatches:
             raise ValueError(
                 f"rollout_size {self.rollout_size} does not divide into {self.update.minibatches} minibatches; "
                 "choose a divisor for ppo.update.minibatches"
+            )
+        reward = self.reward
+        if reward.kl_target and not (reward.kl_coef > 0 and reward.kl_horizon > 0.2 * self.rollout_size):
+            raise ValueError(
+                "an adaptive KL coefficient needs ppo.reward.kl_coef above 0, to have something to multiply, and "
+                "ppo.reward.kl_horizon above a fifth of ppo.rollout_size, or one step could turn it negative"
             )
         return self

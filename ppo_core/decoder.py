@@ -89,11 +89,18 @@ def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
     if not 0 < top_layers < len(layers):
         raise ConfigError(
             f"cannot train the top {top_layers} of {len(layers)} layers",
-            "top_layers",
+            "ppo.model.top_layers or reward_model.top_layers",
             f"choose 1 to {len(layers) - 1}; to train all of the policy, set ppo.model.trainable to full",
         )
     cut = len(layers) - top_layers
     decoder = model.get_decoder()
+    if len(set(getattr(decoder.config, "layer_types", None) or ())) > 1:
+        # transformers picks a layer's mask by its place in the stack, which the cut moves.
+        raise ConfigError(
+            "mixes kinds of attention across its layers, which a cut would confuse",
+            type(model).__name__,
+            "choose a model with one kind of attention",
+        )
     trunk, top = _with(decoder, layers[:cut], nn.Identity()), _with(decoder, layers[cut:], decoder.norm)
     top.embed_tokens = None  # a top starts from hidden states; its state is its layers and norm
     return Stack(trunk), Stack(top)
@@ -118,8 +125,8 @@ def _layers(model: Any) -> nn.ModuleList:
     if not all(hasattr(decoder, name) for name in ("layers", "norm", "embed_tokens")):
         raise ConfigError(
             f"{type(model).__name__} is not built from layers, norm and embed_tokens, so it cannot be cut",
-            "ppo.model.trainable",
-            "use trainable: full",
+            "ppo.model and reward_model.top_layers",
+            "choose a model built like Llama",
         )
     return decoder.layers
 

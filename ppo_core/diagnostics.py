@@ -30,7 +30,7 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
         "explained_variance": explained_variance(rollout.values, experience.returns, mask),
         "length": lengths.float().mean(),
         "ended_rate": rollout.ended.float().mean(),
-        "empty": (lengths == 0).sum(),
+        "empty": ((lengths == 0) | (rollout.ended & (lengths == 1))).sum(),
     }
     return {name: float(value) for name, value in figures.items()} | {"kl_coef": kl_coef}
 

@@ -50,9 +50,11 @@ def policy_loss(
     Schulman et al. 2017, equation 7 (https://arxiv.org/abs/1707.06347), as a loss. `dual_clip` c > 1 bounds it by -A
     c where A < 0 (Ye et al. 2020, equation 5, https://arxiv.org/abs/1912.09729). All inputs [B, R].
     """
-    log_ratio = counted(logprobs - old_logprobs, mask)
-    ratio = log_ratio.exp()
-    advantages = counted(advantages, mask)
+    log_ratio = counted(logprobs - old_logprobs.detach(), mask)
+    advantages = counted(advantages.detach(), mask)
+    # Without an advantage there is nothing to learn, whatever the ratio: 0 x inf would be NaN.
+    ratio = torch.where(advantages == 0, log_ratio.detach(), log_ratio).exp()
+    ratio = torch.where(advantages == 0, ratio.nan_to_num(posinf=torch.finfo(ratio.dtype).max), ratio)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(plain, clipped)
@@ -77,8 +79,9 @@ def value_loss(
 
     All inputs [B, R]. The clipping follows the reference implementation of PPO (openai/baselines, ppo2).
     """
-    values, old_values, returns = (counted(x, mask) for x in (values, old_values, returns))
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    values, old_values, returns = (counted(x, mask) for x in (values, old_values.detach(), returns.detach()))
+    # Not old + clamp(value - old): its rounding would count as clipping.
+    near = torch.maximum(torch.minimum(values, old_values + clip_range), old_values - clip_range)
     plain, clipped = (values - returns).square(), (near - returns).square()
     with torch.no_grad():
         clip_fraction = masked_mean((clipped > plain).to(plain.dtype), mask)

@@ -22,16 +22,18 @@ def check_mask(mask: Tensor) -> Tensor:
 
 
 def counted(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where the mask is True, 0 elsewhere. Selects instead of multiplying, because NaN x 0 is NaN."""
+    """`x` where the mask, of the same shape, is True; 0 elsewhere. Selects, because NaN x 0 is NaN."""
+    if mask.shape != x.shape:
+        raise ValueError(f"mask is {tuple(mask.shape)}, must be {tuple(x.shape)} like what it masks")
     return torch.where(check_mask(mask), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `x` over the positions that count, of all or along `dim`; 0 where nothing counts."""
-    total, n = counted(x, mask), mask.expand_as(x)
+    total = counted(x, mask)
     if dim is None:
-        return total.sum() / n.sum().clamp(min=1)
-    return total.sum(dim) / n.sum(dim).clamp(min=1)
+        return total.sum() / mask.sum().clamp(min=1)
+    return total.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:

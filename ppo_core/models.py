@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ppo_core.config import ModelConfig
 from ppo_core.decoder import Stack, clone, depth_of, join, split
+from ppo_core.errors import ConfigError
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
+from ppo_core.scorers import RewardModel
 from ppo_core.types import Sequences
 
 
@@ -45,8 +47,11 @@ class ActorCritic(nn.Module):
 
     trunk: Stack | None
 
-    def __init__(self, model: Any, config: ModelConfig, critic_top: Stack | None = None) -> None:
-        """`model` becomes the reference, never changed. A separate critic starts from `critic_top`, or the policy."""
+    def __init__(self, model: Any, config: ModelConfig, reward_model: RewardModel | None = None) -> None:
+        """`model` becomes the reference and is never changed.
+
+        A separate critic starts from the reward model if that stands on the same trunk, else from the policy.
+        """
         super().__init__()
         self.config = config
         self.reference_model = model
@@ -58,9 +63,27 @@ class ActorCritic(nn.Module):
             policy = copy.deepcopy(model)
             self.trunk, self.reference = None, Stack(model.get_decoder())
             self.policy, self.policy_head = Stack(policy.get_decoder()), policy.get_output_embeddings()
-        self.critic = clone(critic_top or self.reference) if config.critic == "separate" else None
+        on_trunk = reward_model and self.trunk and depth_of(reward_model.top) == depth_of(self.reference)
+        start = reward_model.top if reward_model and on_trunk else self.reference
+        self.critic = clone(start) if config.critic == "separate" else None
+        self._probe()
         self.value_head = ValueHead(model.config.get_text_config().hidden_size)
         self.sampler = join(self.trunk, self.policy)
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Refuse a model whose forward is more than decoder and output layer (Gemma 2 caps logits, Granite scales)."""
+        tokens = torch.arange(3, 19).unsqueeze(0) % self.reference_head.weight.shape[0]
+        expected = self.reference_model(tokens).logits.float()
+        attention = torch.ones_like(tokens, dtype=torch.bool)
+        hidden = tokens if self.trunk is None else self.trunk(tokens, attention)
+        found = self.reference_head(self.reference(hidden, attention)).float()
+        if not torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0):
+            raise ConfigError(
+                "computes its logits in a way that is not reproduced here (scaled, capped, or mixed attention)",
+                type(self.reference_model).__name__,
+                "choose a model built like Llama",
+            )
 
     def policy_weights(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters under their transformers names."""

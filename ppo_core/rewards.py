@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ppo_core.kl import kl_estimate
@@ -23,8 +24,11 @@ def shape_rewards(
     (Ziegler et al. 2019, equation 2, with the penalty spread over the tokens). `score_clip` bounds the score, which
     by now is normalised and penalised. A response without any token is scored at its first position.
     """
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores are {tuple(scores.shape)}, must be {tuple(mask.shape[:1])}: one a response")
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
-    rewards = counted(-kl_coef * kl_estimate(logprobs, ref_logprobs, estimator), mask)
+    dtype = torch.promote_types(torch.promote_types(scores.dtype, logprobs.dtype), torch.float32)
+    rewards = counted(-kl_coef * kl_estimate(logprobs.to(dtype), ref_logprobs.to(dtype), estimator), mask)
     last = (mask.sum(dim=1) - 1).clamp(min=0)
-    return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.to(dtype).unsqueeze(1))

@@ -91,13 +91,12 @@ class Trainer:
 
     def next_prompts(self) -> list[list[int]]:
         """The prompts of this iteration: a window that slides over one permutation after another."""
-        first = self.iteration * self.config.rollout_size
-        return [self._prompt(first + i) for i in range(self.config.rollout_size)]
-
-    def _prompt(self, position: int) -> list[int]:
-        epoch, offset = divmod(position, len(self.prompts))
-        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", epoch))
-        return self.prompts[int(order[offset])]
+        size, n = self.config.rollout_size, len(self.prompts)
+        first = self.iteration * size
+        epochs = range(first // n, (first + size - 1) // n + 1)
+        order = torch.cat([torch.randperm(n, generator=generator(self.seed, "prompts", epoch)) for epoch in epochs])
+        start = first - epochs[0] * n
+        return [self.prompts[i] for i in order[start : start + size].tolist()]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a later process needs to go on: tensors, and plain values for JSON."""

@@ -47,7 +47,7 @@ class Optimiser:
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
 
     def update(self, experience: Experience, seed: int, iteration: int) -> dict[str, float]:
-        """Train on `experience`; means of the diagnostics over all tokens of all epochs."""
+        """Train on `experience`; each diagnostic is its mean over the optimiser steps, and there over the tokens."""
         update = self.config.update
         size = len(experience.rollout.scores) // update.minibatches
         totals: dict[str, float] = {}

@@ -29,7 +29,9 @@ from tasks.statistics import (
     distinct_n,
     judge_differences,
     relative_change,
+    repetition,
     repetitions,
+    same_length,
     wins,
 )
 from tasks.tracking import Tracker
@@ -81,7 +83,14 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
     metrics |= compare(policy, reference)
     metrics |= _language(policy, reference)
     metrics |= {"distinct_2_change": relative_change(metrics["distinct_2"], metrics["distinct_2_reference"])}
-    for name in ("repetition", "repetition_3"):
+    answers, before = same_length(policy.texts, reference.texts)
+    metrics |= {
+        "repetition_same_length": repetition(answers),
+        "repetition_same_length_reference": repetition(before),
+        "distinct_2_same_length": distinct_n(answers, 2),
+        "distinct_2_same_length_reference": distinct_n(before, 2),
+    }
+    for name in ("repetition", "repetition_3", "repetition_same_length", "distinct_2_same_length"):
         metrics |= {f"{name}_change": relative_change(metrics[name], metrics[f"{name}_reference"])}
     return {"n": len(policy.prompts), **metrics}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def environment() -> dict[str, Any]:
     """What must be the same for a continuation to equal the uninterrupted run."""
     return {
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        "machine": platform.machine(),
         "device": "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 from tasks.fingerprint import environment
-from tasks.lineage import flatten
 from tasks.params import Params, dump_params
+from tasks.run_tags import flatten
 from tasks.workspace import Workspace
 
 

@@ -90,7 +90,7 @@ class PackageIndex:
             with self._get(link.url, stream=True) as answer, target.open("wb") as file:
                 answer.raise_for_status()
                 size = int(answer.headers.get("content-length", 0)) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=link.filename) as bar:
+                with tqdm(total=size, unit="B", unit_scale=True, desc=link.filename, disable=None) as bar:
                     for chunk in answer.iter_content(_CHUNK):
                         file.write(chunk)
                         bar.update(len(chunk))

@@ -137,7 +137,7 @@ class PreferenceTraining(Section):
     """Pairs a step; texts that several pairs share are read once."""
     learning_rate: Positive = 1.0e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_tokens: Count = 96
+    max_tokens: Annotated[int, Field(ge=8)] = 256
     """Longer texts are cut on the left, so that their end is read."""
 
 
@@ -265,4 +265,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise ConfigError(f"{match[1]} does not name a key", "--set")
-    node[key] = yaml.safe_load(match[2])
+    try:
+        node[key] = yaml.safe_load(match[2])
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{match[2]!r} is no YAML value", f"--set {match[1]}", "quote it") from error

@@ -1,14 +1,15 @@
 """Stage 4: PPO in cycles, each checkpointed and recorded before the next begins.
 
-State lies in `work/ppo/<fingerprint>/`: `cycle_NNN` (the policy's trained weights and the cycle's record; all are
-kept) and `state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when its folder is
-there.
+State lies in `work/ppo/<fingerprint>/` of the main checkout: `cycle_NNN` (the policy's trained weights and the cycle's
+record; all are kept) and `state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when
+its folder is there.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -25,7 +26,7 @@ from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward
 from ppo_core.tokens import encode_prompt
 from ppo_core.trainer import Trainer
-from tasks.errors import ConfigError, ResumeMismatch, TrainingHealthError
+from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.fingerprint import environment, fingerprint
 from tasks.params import Params
 from tasks.preference_models import load_base, load_reward_model, load_tokenizer
@@ -63,7 +64,7 @@ class PPORun:
     def __init__(self, params: Params, workspace: Workspace) -> None:
         self.params, self.workspace = params, workspace
         self.fingerprint = fingerprint(params, workspace)
-        self.folder = workspace.work / "ppo" / self.fingerprint
+        self.folder = workspace.runs / self.fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_environment()
         self.records: list[Record] = self._finished_cycles()
@@ -72,8 +73,12 @@ class PPORun:
 
     def __enter__(self) -> Self:
         # A killed process may have finished a cycle and not told MLflow; recording twice changes nothing.
-        for record in self.records:
-            self.tracker.log_cycle(record, self._cycle_folder(record["cycle"]) / WEIGHTS)
+        try:
+            for record in self.records:
+                self.tracker.log_cycle(record, self._cycle_folder(record["cycle"]) / WEIGHTS)
+        except BaseException:
+            self.tracker.close("FAILED")
+            raise
         if self.records:
             log.info("continuing %s after cycle %d", self.fingerprint, len(self.records))
         return self
@@ -84,9 +89,21 @@ class PPORun:
     @property
     def stopped(self) -> str | None:
         """Why no further cycle follows: `target`, `kl_budget` or `cycles`; None while one does."""
+        return self._course()[1]
+
+    def _course(self) -> tuple[list[Record], str | None]:
+        """The cycles up to the first reason to stop, and that reason.
+
+        A folder may hold more cycles, from a run with other limits: the result is that of a run which had these.
+        """
+        for n in range(1, len(self.records) + 1):
+            if reason := self._reason_to_stop(self.records[:n]):
+                return self.records[:n], reason
+        return self.records, None
+
+    def _reason_to_stop(self, records: list[Record]) -> str | None:
         ppo = self.params.ppo
-        records = self.records[: ppo.cycles]
-        if records and records[-1]["dev/kl"] > ppo.kl_budget:
+        if records[-1]["dev/kl"] > ppo.kl_budget:
             return "kl_budget"
         if (target := ppo.target) is not None:
             last = [r[f"dev/{target.metric}"] for r in records[-target.patience :]]
@@ -102,11 +119,12 @@ class PPORun:
         stats = pd.DataFrame([trainer.step() for _ in steps]).mean()
         trained = time.perf_counter()
         figures = compare(self.examiner.ask(trainer.model, "dev"), self.before)
-        record: Record = {"cycle": cycle, "reward/kl_coef": trainer.kl.coef}
+        record: Record = {"cycle": cycle}
         record |= {f"dev/{name}": value for name, value in figures.items()}
         for name, value in stats.items():
             record[f"{'time' if str(name).endswith('_s') else 'train'}/{name}"] = float(value)
         record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
+        _refuse_non_finite(record)
         self._save(trainer, record)
         self.records.append(record)
         self.tracker.log_cycle(record, self._cycle_folder(cycle) / WEIGHTS)
@@ -120,7 +138,7 @@ class PPORun:
 
     def finish(self) -> StageResult:
         """Take the last cycle within the KL budget as the result."""
-        records = self.records[: self.params.ppo.cycles]
+        records, stopped_by = self._course()
         within = [r for r in records if r["dev/kl"] <= self.params.ppo.kl_budget]
         if not within:
             raise TrainingHealthError(
@@ -136,14 +154,14 @@ class PPORun:
             "mlflow_run_id": self.tracker.run_id,
             "fingerprint": self.fingerprint,
             "cycles": len(records),
-            "stopped_by": self.stopped,
+            "stopped_by": stopped_by,
             "result_cycle": result["cycle"],
             **figures,
         }
         self.tracker.log_stage("ppo", {"result_cycle": result["cycle"], **figures}, None)
         return StageResult(
             metrics,
-            f"{len(records)} cycles, stopped by {self.stopped}; cycle {result['cycle']} is the result: "
+            f"{len(records)} cycles, stopped by {stopped_by}; cycle {result['cycle']} is the result: "
             f"judge win rate {figures['judge_win_rate']:.3f} at KL {figures['kl']:.1f} on dev prompts",
         )
 
@@ -153,54 +171,74 @@ class PPORun:
             params, workspace = self.params, self.workspace
             base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
             reward_model = load_reward_model(workspace, base)
-            model = ActorCritic(base, params.ppo.model, critic_top=reward_model.top)
+            model = ActorCritic(base, params.ppo.model, reward_model)
             reward = ModelReward(reward_model, model)
             self.examiner = Examiner(params, workspace, reward, tokenizer)
             # Asked before any state is loaded, the policy is the reference.
             self.before = self.examiner.ask(model, "dev")
-            self._trainer = Trainer(
+            trainer = Trainer(
                 model,
                 reward,
-                _training_prompts(workspace, tokenizer),
+                _training_prompts(params, workspace, tokenizer, base.config),
                 params.ppo,
                 seed=params.seed,
                 eos=tokenizer.eos_token_id,
                 pad=tokenizer.pad_token_id,
             )
             if self.records:
-                state = self.folder / f"state_{len(self.records):03d}"
-                verify_checkpoint(state)
-                self._trainer.load_state(load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json"))
+                self._load_state(trainer)
+            self._trainer = trainer
         return self._trainer
+
+    def _load_state(self, trainer: Trainer) -> None:
+        """Bring a new trainer to the last finished cycle."""
+        state = self._state_folder(len(self.records))
+        try:
+            verify_checkpoint(state)
+        except IntegrityError as error:
+            cycle = self._cycle_folder(len(self.records)).name
+            mend = f"delete {state.name} and {cycle} to repeat that cycle, or move the folder away to start anew"
+            raise IntegrityError(str(error), str(self.folder), mend) from error
+        trainer.load_state(load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json"))
 
     def _save(self, trainer: Trainer, record: Record) -> None:
         cycle = record["cycle"]
         tensors, plain = trainer.state()
-        state = self.folder / f"state_{cycle:03d}"
+        state = self._state_folder(cycle)
         shutil.rmtree(state, ignore_errors=True)  # a process killed between the two writes left it without its cycle
         save_checkpoint(state, {"tensors.safetensors": tensors}, {"plain.json": plain})
         weights = {name: p.detach() for name, p in trainer.model.policy_weights().items()}
         save_checkpoint(self._cycle_folder(cycle), {WEIGHTS: weights}, {"record.json": record})
-        for old in sorted(self.folder.glob("state_*"))[:-2]:
-            shutil.rmtree(old)
+        for old in range(1, cycle - 1):
+            shutil.rmtree(self._state_folder(old), ignore_errors=True)
 
     def _finished_cycles(self) -> list[Record]:
         records: list[Record] = []
         while (folder := self._cycle_folder(len(records) + 1)).is_dir():
             verify_checkpoint(folder)
             records.append(load_plain(folder / "record.json"))
+        if beyond := [f.name for f in sorted(self.folder.glob("cycle_*")) if f.name > folder.name]:
+            raise IntegrityError(
+                f"{folder.name} is missing, but {', '.join(beyond)} are there",
+                str(self.folder),
+                f"delete those too to continue from cycle {len(records)}, or move the folder away to start anew",
+            )
         return records
 
     def _cycle_folder(self, cycle: int) -> Path:
         return self.folder / f"cycle_{cycle:03d}"
 
+    def _state_folder(self, cycle: int) -> Path:
+        return self.folder / f"state_{cycle:03d}"
+
     def _check_environment(self) -> None:
         """A continuation elsewhere would be another run: refuse it, unless told to go on."""
         path, now = self.folder / "environment.json", environment()
-        if not path.exists() or os.environ.get(GO_ON):
+        if not self._cycle_folder(1).is_dir() or os.environ.get(GO_ON) == "1":
             path.write_text(json.dumps(now, indent=2), encoding="utf-8")
-        if then := {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if v != now.get(k)}:
-            changes = ", ".join(f"{k} {v} -> {now.get(k)}" for k, v in then.items())
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]:
+            changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in differing)
             raise ResumeMismatch(
                 f"the run was begun elsewhere: {changes}",
                 str(self.folder),
@@ -229,9 +267,24 @@ class PPORun:
         )
 
 
-def _training_prompts(workspace: Workspace, tokenizer: Any) -> list[list[int]]:
+def _refuse_non_finite(record: Record) -> None:
+    if broken := [name for name, value in record.items() if not math.isfinite(value)]:
+        raise TrainingHealthError(
+            f"not finite: {', '.join(broken)}", f"cycle {record['cycle']}", "lower ppo.update.learning_rate"
+        )
+
+
+def _training_prompts(params: Params, workspace: Workspace, tokenizer: Any, config: Any) -> list[list[int]]:
     rows = pd.read_parquet(workspace.prompts)
     rows = rows[rows.split == "ppo"]
     if rows.empty:
         raise ConfigError("has no prompts to train on", f"{workspace.prompts}:split", "give ingest more texts")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and params.ingest.max_prompt_tokens + params.ppo.sampling.max_new_tokens > context:
+        raise ConfigError(
+            f"prompts of up to {params.ingest.max_prompt_tokens} tokens and responses of "
+            f"{params.ppo.sampling.max_new_tokens} exceed the model's context of {context}",
+            "ppo.sampling.max_new_tokens",
+            "lower it, or ingest.max_prompt_tokens",
+        )
     return [encode_prompt(tokenizer, p, f) for p, f in zip(rows["prompt"], rows["format"], strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,15 @@ def new_judge(folder: Path) -> EncoderScorer:
 
 
 def save_scorer(scorer: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
-    """Weights and what is known of them; `facts` holds their digest, so that a changed file is noticed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in scorer.state_dict().items()}, folder / WEIGHTS)
-    facts = facts | {"sha256": sha256(folder / WEIGHTS)}
-    (folder / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    """Put weights and what is known of them in the place of `folder`; `facts` gains their digest."""
+    beside = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in scorer.state_dict().items()}, beside / WEIGHTS)
+    facts = facts | {"sha256": sha256(beside / WEIGHTS)}
+    (beside / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
 
 
 def _load(scorer: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
@@ -102,7 +107,7 @@ def judge_tokens(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
     """Token ids with the encoder's own markers; a longer text loses its beginning."""
     words = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     room = max_tokens - tokenizer.num_special_tokens_to_add()
-    return [tokenizer.cls_token_id, *words[-room:], tokenizer.sep_token_id]
+    return [tokenizer.cls_token_id, *words[max(0, len(words) - room) :], tokenizer.sep_token_id]
 
 
 def reward_tokens(tokenizer: Any, prompt: str, text_format: str, response: str, max_tokens: int) -> list[int]:

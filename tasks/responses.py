@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
+from ppo_core.decoder import load_causal_lm
 from ppo_core.masking import counted, masked_mean
 from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward, RewardFunction, score
@@ -18,6 +19,7 @@ from ppo_core.sampling import sample
 from ppo_core.seeds import derive
 from ppo_core.tokens import decode, encode_prompt
 from ppo_core.types import Rollout
+from tasks.errors import DataError
 from tasks.params import Params
 from tasks.preference_models import Judge, judge_text, load_base, load_reward_model, load_tokenizer
 from tasks.workspace import Workspace
@@ -52,11 +54,14 @@ class Examiner:
     def __init__(self, params: Params, workspace: Workspace, reward: RewardFunction, tokenizer: Any) -> None:
         self.params, self.reward, self.tokenizer = params, reward, tokenizer
         self.judge = Judge(workspace)
-        self.prompts = pd.read_parquet(workspace.prompts)
+        self.source = workspace.prompts
+        self.prompts = pd.read_parquet(self.source)
 
     def ask(self, model: ActorCritic, split: str) -> Responses:
         """What the policy of `model` answers to the prompts of `split`."""
         rows = self.prompts[self.prompts.split == split]
+        if rows.empty:
+            raise DataError(f"has no prompts of the split {split}", str(self.source), "raise ingest.splits." + split)
         formats = rows["format"].tolist()
         prompts = rows["prompt"].tolist()
         tokens = [encode_prompt(self.tokenizer, p, f) for p, f in zip(prompts, formats, strict=True)]
@@ -111,23 +116,22 @@ class Responders:
         base = load_base(workspace, params.ppo.model.dtype)
         self.workspace = workspace
         self.model = ActorCritic(base, params.ppo.model)
+        self.start = {name: p.clone() for name, p in self.model.policy_weights().items()}
+        self.dtype = params.ppo.model.dtype
         reward = ModelReward(load_reward_model(workspace, base), self.model)
         self.examiner = Examiner(params, workspace, reward, load_tokenizer(workspace.base_model))
 
     def reference(self, split: str) -> Responses:
         """The model before training: the policy as it starts."""
-        load_policy(self.model, self.workspace.base_model)
+        self._become(self.start)
         return self.examiner.ask(self.model, split)
 
     def policy(self, split: str) -> Responses:
         """The aligned policy in models/policy."""
-        load_policy(self.model, self.workspace.policy)
+        self._become(load_causal_lm(self.workspace.policy, getattr(torch, self.dtype)).state_dict())
         return self.examiner.ask(self.model, split)
 
-
-@torch.no_grad()
-def load_policy(model: ActorCritic, folder: Any) -> None:
-    """Give the policy the trained weights of a transformers folder."""
-    stored = load_file(folder / "model.safetensors")
-    for name, parameter in model.policy_weights().items():
-        parameter.copy_(stored[name])
+    @torch.no_grad()
+    def _become(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.policy_weights().items():
+            parameter.copy_(weights[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from ppo_core.preferences import Pairs, fit
-from ppo_core.scorers import TextScorer, score_texts
+from ppo_core.scorers import EncoderScorer, RewardModel, TextScorer, score_texts
 from ppo_core.seeds import derive
 from tasks import preference_models as models
-from tasks.errors import TrainingHealthError
+from tasks.errors import ConfigError, TrainingHealthError
 from tasks.params import Params, PreferenceTraining
 from tasks.reward_report import write_report
 from tasks.stages import StageResult
@@ -27,13 +26,13 @@ MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0)
 def run(params: Params, workspace: Workspace) -> StageResult:
     """Train both, measure them on texts held out from each, and fail under the accuracy that params ask for."""
     pairs = pd.read_parquet(workspace.pairs)
-    metrics = {
-        "reward": _train_reward_model(params, workspace, pairs),
-        "judge": _train_judge(params, workspace, pairs),
-    }
+    reward_model, reward = _train_reward_model(params, workspace, pairs)
+    judge_model, judge = _train_judge(params, workspace, pairs)
+    metrics = {"reward": reward, "judge": judge}
     write_report(metrics, workspace)
-    _check(metrics, params)
-    reward, judge = metrics["reward"], metrics["judge"]
+    _check(metrics, params)  # before anything that was there is replaced
+    models.save_scorer(reward_model, workspace.reward_model, {"top_layers": params.reward_model.top_layers})
+    models.save_scorer(judge_model, workspace.judge, {"max_tokens": params.reward_model.judge.max_tokens})
     return StageResult(
         metrics,
         f"held-out accuracy at a rating gap of {params.reward_model.accuracy_gap:g} or more: "
@@ -41,7 +40,9 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     )
 
 
-def _train_reward_model(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> dict[str, Any]:
+def _train_reward_model(
+    params: Params, workspace: Workspace, pairs: pd.DataFrame
+) -> tuple[RewardModel, dict[str, Any]]:
     training = params.reward_model.reward
     tokenizer = models.load_tokenizer(workspace.base_model)
     base = models.load_base(workspace, params.ppo.model.dtype)
@@ -54,15 +55,19 @@ def _train_reward_model(params: Params, workspace: Workspace, pairs: pd.DataFram
         params,
         training,
     )
-    shutil.rmtree(workspace.reward_model, ignore_errors=True)
-    models.save_scorer(scorer, workspace.reward_model, {"top_layers": params.reward_model.top_layers})
-    return metrics
+    return scorer, metrics
 
 
-def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> dict[str, Any]:
+def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> tuple[EncoderScorer, dict[str, Any]]:
     training = params.reward_model.judge
     tokenizer = models.load_tokenizer(workspace.judge_base)
     scorer = models.new_judge(workspace.judge_base)
+    if training.max_tokens > (limit := scorer.encoder.config.max_position_embeddings):
+        raise ConfigError(
+            f"{training.max_tokens} is more than the {limit} tokens that the judge can read",
+            "reward_model.judge.max_tokens",
+            f"set it to {limit} at most",
+        )
     metrics = _train(
         "judge",
         scorer,
@@ -73,9 +78,7 @@ def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> d
         params,
         training,
     )
-    shutil.rmtree(workspace.judge, ignore_errors=True)
-    models.save_scorer(scorer, workspace.judge, {"max_tokens": training.max_tokens})
-    return metrics
+    return scorer, metrics
 
 
 def _train(
@@ -89,6 +92,12 @@ def _train(
     """Fit on the role's training pairs, calibrate the scale and measure on its held-out ones."""
     train = models.tokenise_pairs(pairs[pairs.split == f"{role}_train"], encode)
     held_out_rows = pairs[pairs.split == f"{role}_eval"]
+    if not (held_out_rows["margin"] >= params.reward_model.accuracy_gap).any():
+        raise ConfigError(
+            f"no held-out pair of the {role} model has a margin of {params.reward_model.accuracy_gap:g} or more",
+            "reward_model.accuracy_gap",
+            "lower it to the scale of your margins",
+        )
     held_out = models.tokenise_pairs(held_out_rows, encode)
     with tqdm(total=training.steps, desc=f"training the {role} model", unit="step", disable=None) as bar:
 

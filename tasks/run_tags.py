@@ -34,7 +34,9 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
 def git_tags(root: Path) -> dict[str, str]:
     """The commit of the checkout and whether files differ from it; empty where there is no repository."""
     commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    # Results that git holds change with every run, which says nothing of the code.
+    results = (":!metrics", ":!plots", ":!dvc.lock")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(bool(changes)).lower()} if commit else {}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from datasets.exceptions import DatasetsError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
@@ -54,7 +55,7 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
     if kind == "pypi":
         return _from_pypi(source, rest, inside, workspace, scratch)
     if kind == "hub":
-        return _from_hub(source, rest, inside, scratch)
+        return _from_hub(source, rest, inside, workspace, scratch)
     return _from_own(source, rest, inside, workspace)
 
 
@@ -94,12 +95,12 @@ def _downloaded(name: str, version: str, kind: str, sha256: str, downloads: Path
         return file.replace(folder / link.filename)
 
 
-def _from_hub(source: SourceParams, rest: str, inside: str, scratch: Path) -> Fetched:
+def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace, scratch: Path) -> Fetched:
     name, revision = rest.split("@")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
     if isinstance(source, DataSource) and not inside:
-        return _from_hub_by_split(source, rest, scratch)
+        return _from_hub_by_split(source, rest, workspace, scratch)
     is_data = isinstance(source, DataSource)
     whole = is_data or inside.endswith(".gguf")
     patterns = [inside] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
@@ -111,14 +112,21 @@ def _from_hub(source: SourceParams, rest: str, inside: str, scratch: Path) -> Fe
     return Fetched(root / inside, f"{rest}/{inside}".rstrip("/"), revision, found)
 
 
-def _from_hub_by_split(source: DataSource, rest: str, scratch: Path) -> Fetched:
+def _from_hub_by_split(source: DataSource, rest: str, workspace: Workspace, scratch: Path) -> Fetched:
     """A split as `datasets` knows it, whatever files it is made of. (It runs no code of the repository.)"""
     import datasets
 
     name, revision = rest.split("@")
     path = Path(tempfile.mkdtemp(dir=scratch)) / f"{source.split}.parquet"
     with _hub(rest):
-        datasets.load_dataset(name, source.subset or None, split=source.split, revision=revision).to_parquet(path)
+        datasets.load_dataset(
+            name,
+            source.subset or None,
+            split=source.split,
+            revision=revision,
+            # Where the hub is away, `datasets` takes what its cache has of that name: so this one holds one revision.
+            cache_dir=str(workspace.downloads / "hub" / revision),
+        ).to_parquet(path)
     found = digest(path)
     _compare(found, source.sha256, rest)
     return Fetched(path, f"{rest}/{source.subset}/{source.split}".replace("//", "/"), revision, found)
@@ -138,7 +146,7 @@ def _hub(where: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before FileNotFoundError, which the first is
         raise ServiceError(f"the Hugging Face hub does not answer: {error}", where, unreachable) from error
     # Repositories that are gated count as not found; FileNotFoundError and ValueError are how `datasets` says so.
-    except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError, ValueError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError, ValueError, DatasetsError) as error:
         mend = "check name, revision, subset, split and your access"
         raise DataError(f"the hub does not give it: {error}", where, mend) from error
     except (OSError, httpx.HTTPError) as error:

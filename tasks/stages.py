@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
+import shutil
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.errors import DataError
+from tasks.errors import DataError, ResourceError
 from tasks.params import Params
 from tasks.workspace import Workspace
 
 STAGES = ("ingest", "validate", "reward_model", "ppo", "evaluate", "register")
+
+_LESS_MEMORY = "lower ppo.update.micro_batch, ppo.rollout_size or reward_model.*.batch_pairs"
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,19 @@ def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
         raise DataError(
             "is missing", str(error.filename), f"run the stages before {stage}: `dvc repro {stage}`"
         ) from error
+    except MemoryError as error:
+        raise ResourceError(f"memory is not enough: {error}", stage, _LESS_MEMORY) from error
+    except RuntimeError as error:  # how torch says it
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            raise ResourceError(f"memory is not enough: {error}", stage, _LESS_MEMORY) from error
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(workspace.root).free
+            raise ResourceError(
+                f"the disk is full ({free} bytes are free)", str(error.filename), "make room"
+            ) from error
+        raise
     write_metrics(stage, result, workspace)
     log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
     return result

@@ -101,6 +101,14 @@ def repetitions(texts: Sequence[str], n: int = 1) -> np.ndarray:
     return np.array([1 - different / total if total else 0.0 for total, different in counts])
 
 
+def same_length(texts: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Each pair of texts cut to the words of the shorter one: longer texts repeat more, whoever writes them."""
+    pairs = [(text.split(), other.split()) for text, other in zip(texts, others, strict=True)]
+    shorter = [min(len(text), len(other)) for text, other in pairs]
+    cut = [(" ".join(a[:n]), " ".join(b[:n])) for (a, b), n in zip(pairs, shorter, strict=True)]
+    return [a for a, _ in cut], [b for _, b in cut]
+
+
 def repetition(texts: Sequence[str], n: int = 1) -> float:
     """Mean of `repetitions`."""
     return float(repetitions(texts, n).mean()) if texts else 0.0

@@ -161,7 +161,7 @@ class Tracker:
         cycles = ", ".join(str(cycle) for cycle, _, _ in self._unrecorded)
         raise ServiceError(
             f"MLflow went away: cycles not recorded: {cycles}",
-            _public(self.client.tracking_uri),
+            public_uri(self.client.tracking_uri),
             "nothing is lost; run the stage again when it answers, and they are recorded then",
         )
 
@@ -198,9 +198,11 @@ class Tracker:
         if self._base is None:
             self._base = registry.describe_base(self._workspace)
         model = registry.log_cycle_model(self.client, self.run, cycle, weights, self._base, self._params.ppo.sampling)
-        # The model's own time on every metric: MLflow drops an equal point, so that recording again changes nothing.
-        at = model.creation_timestamp
-        metrics = [Metric(k, v, at, cycle, model_id=model.model_id, run_id=self.run_id) for k, v in figures.items()]
+        # What is there stays: a cycle that was repeated is the same but for what the clock says.
+        known = {metric.key for metric in self.client.get_logged_model(model.model_id).metrics or ()}
+        fresh = {key: value for key, value in figures.items() if key not in known}
+        at = model.creation_timestamp  # MLflow drops an equal point, so that recording again changes nothing
+        metrics = [Metric(k, v, at, cycle, model_id=model.model_id, run_id=self.run_id) for k, v in fresh.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
 
 
@@ -212,7 +214,7 @@ def _probe(uri: str) -> None:
     except requests.RequestException as error:
         raise ServiceError(
             f"MLflow does not answer ({type(error).__name__})",
-            _public(uri),
+            public_uri(uri),
             "start the server, or unset MLFLOW_TRACKING_URI",
         ) from error
 
@@ -227,7 +229,7 @@ def service(client: MlflowClient) -> Iterator[None]:
         raise
 
 
-def _public(uri: str) -> str:
+def public_uri(uri: str) -> str:
     """The address without the password that may stand in it."""
     return re.sub(r"//[^@/]*@", "//", uri)
 

@@ -98,6 +98,11 @@ class Workspace:
         return self.main_root / "work" / "downloads"
 
     @property
+    def runs(self) -> Path:
+        """Training state by fingerprint, shared by every worktree: other cycles or targets continue a run there too."""
+        return self.main_root / "work" / "ppo"
+
+    @property
     def lock_file(self) -> Path:
         return self.work / "lock"
 

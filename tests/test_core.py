@@ -207,3 +207,14 @@ def test_bfloat16_keeps_float32_masters(folder: Path):
     assert all(m.dtype == torch.float32 for m in t.optimiser.weights.masters)
     weights = zip(t.optimiser.weights.working, t.optimiser.weights.masters, strict=True)
     assert all(torch.equal(w, m.to(w.dtype)) for w, m in weights)
+
+
+def test_every_prompt_comes_once_an_epoch_in_a_new_order(folder: Path):
+    t = trainer(folder, config())  # 8 responses an iteration from 4 prompts: two epochs each
+    t.prompts = [[1, i] for i in range(12)]
+    seen = []
+    for t.iteration in range(6):
+        seen += [prompt[1] for prompt in t.next_prompts()]
+    epochs = [seen[start : start + 12] for start in range(0, 48, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4

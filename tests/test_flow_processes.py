@@ -17,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from waiting import eventually
 
 from flows import server
-from tasks.lineage import PID
+from tasks.run_tags import PID
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace

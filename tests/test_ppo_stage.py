@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ppo_core.checkpoint import MANIFEST
 from tasks import ppo
-from tasks.errors import IntegrityError, ResumeMismatch, TrainingHealthError
+from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.params import Params, TargetParams, load_params
 from tasks.stages import run_stage
 from tasks.tracking import tracking_uri
@@ -120,7 +120,7 @@ def test_another_environment_is_refused_with_the_list(
     metrics = ppo.run(params, workspace).metrics
     path = workspace.work / "ppo" / metrics["fingerprint"] / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0", "threads": 64}))
-    with pytest.raises(ResumeMismatch, match=r"torch 1\.0 -> .*threads 64 -> "):
+    with pytest.raises(ResumeMismatch, match=r"threads 64 -> .*torch 1\.0 -> "):
         ppo.open_run(params, workspace)
     monkeypatch.setenv(ppo.GO_ON, "1")
     with ppo.open_run(params, workspace) as run:
@@ -153,6 +153,50 @@ def test_the_target_stops(workspace: Workspace, params: Params):
     target = TargetParams(metric="judge_win_rate", threshold=0.0, patience=1)
     metrics = ppo.run(with_ppo(params, target=target), workspace).metrics
     assert (metrics["stopped_by"], metrics["cycles"]) == ("target", 1)
+
+
+def test_the_result_is_that_of_the_limits_whatever_was_trained_before(workspace: Workspace, params: Params):
+    ppo.run(params, workspace)  # two cycles
+    target = TargetParams(metric="judge_win_rate", threshold=0.0, patience=1)
+    metrics = ppo.run(with_ppo(params, target=target, cycles=5), workspace).metrics
+    assert (metrics["stopped_by"], metrics["cycles"], metrics["result_cycle"]) == ("target", 1, 1)
+
+
+def test_a_damaged_state_says_what_to_delete_and_that_helps(workspace: Workspace, params: Params):
+    folder = workspace.runs / ppo.run(params, workspace).metrics["fingerprint"]
+    weights_before = weights(workspace)
+    (folder / "state_002" / "plain.json").write_text("{}")
+    with (
+        pytest.raises(IntegrityError, match="delete state_002 and cycle_002"),
+        ppo.open_run(with_ppo(params, cycles=3), workspace) as run,
+    ):
+        run.next_cycle()
+    shutil.rmtree(folder / "state_002")
+    shutil.rmtree(folder / "cycle_002")
+    ppo.run(params, workspace)
+    assert weights(workspace) == weights_before
+
+
+def test_a_missing_cycle_in_the_middle_is_named(workspace: Workspace, params: Params):
+    folder = workspace.runs / ppo.run(params, workspace).metrics["fingerprint"]
+    shutil.rmtree(folder / "cycle_001")
+    with pytest.raises(IntegrityError, match="cycle_001 is missing, but cycle_002"):
+        ppo.open_run(params, workspace)
+
+
+def test_prompt_and_response_must_fit_the_context(workspace: Workspace, params: Params):
+    sampling = params.ppo.sampling.model_copy(update={"max_new_tokens": 250})
+    with (
+        pytest.raises(ConfigError, match="exceed the model's context of 256"),
+        ppo.open_run(with_ppo(params, sampling=sampling), workspace) as run,
+    ):
+        run.next_cycle()
+
+
+@pytest.mark.parametrize("trainable", ["full", "top_layers"])
+def test_a_critic_of_its_own(workspace: Workspace, params: Params, trainable: str):
+    model = params.ppo.model.model_copy(update={"trainable": trainable, "critic": "separate", "top_layers": 1})
+    assert ppo.run(with_ppo(params, model=model, cycles=1), workspace).metrics["cycles"] == 1
 
 
 def test_the_policy_is_the_base_with_the_trained_weights(workspace: Workspace, params: Params):

@@ -132,6 +132,7 @@ def test_a_split_of_the_hub_is_read_by_datasets(get, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     fetched = get(DataSource(source=f"hub:some/data@{COMMIT}", subset="harmless", split="test", format="hh"))
+    assert asked.pop("cache_dir").endswith(COMMIT)  # what is cached of another revision is not taken for this one
     assert asked == {"name": "some/data", "subset": "harmless", "split": "test", "revision": COMMIT}
     assert pq.read_table(fetched.path).to_pylist() == [{"chosen": "a", "rejected": "b"}]
     assert fetched.sha256 == hashlib.sha256(fetched.path.read_bytes()).hexdigest()

@@ -25,6 +25,7 @@ from tasks.statistics import (
     rater_ceiling,
     relative_change,
     repetition,
+    same_length,
     share_confirmed,
     wilson,
     wins,
@@ -287,3 +288,7 @@ def test_rater_ceiling_is_what_the_majority_answer_reaches():
 def test_statistics_need_no_torch():
     code = "import sys, tasks.statistics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_texts_are_compared_at_the_length_of_the_shorter():
+    assert same_length(["a b c d", "a"], ["x y", "x y z"]) == (["a b", "a"], ["x y", "x"])
