@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_policy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from ppo_core.config import ModelConfig, PPOConfig, SamplingConfig
-from ppo_core.decoder import load_causal_lm
+from ppo_core.decoder import load_causal_lm, split, without_dropout
+from ppo_core.errors import ConfigError
 from ppo_core.logprobs import token_logprobs
 from ppo_core.models import ActorCritic
+from ppo_core.rollout import ModelReward
 from ppo_core.sampling import inverse_cdf, sample
+from ppo_core.scorers import RewardModel, score_texts
 from ppo_core.trainer import Trainer
-from ppo_core.types import Samples
+from ppo_core.types import Rollout, Samples
 
 EOS = PAD = 2
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61], [1, 70, 71, 72, 73, 74]]
@@ -154,13 +158,64 @@ def test_trained_weights_are_named_as_in_transformers(folder: Path, trainable: s
 
 
 def test_gradients_do_not_depend_on_the_micro_batch_split(folder: Path):
-    weights = []
-    for micro_batch in (4, 2, 1):
+    # Of 8 responses each has another length, so that a mean of the micro-batches' means would be another gradient.
+    gradients = []
+    for micro_batch in (8, 4, 2, 1):
         t = trainer(folder, config(micro_batch=micro_batch))
-        t.step()
-        weights.append(torch.cat([m.flatten() for m in t.optimiser.weights.masters]))
-    torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=0)
-    torch.testing.assert_close(weights[0], weights[2], atol=2e-5, rtol=0)
+        rollout = ragged(t.roll_out())
+        experience = t.estimate(rollout)
+        for index in torch.arange(8).split(micro_batch):
+            t.optimiser._backward(experience.rows(index), rollout.mask.sum())
+            t.optimiser.weights.collect()
+        gradients.append(torch.cat([m.grad.flatten() for m in t.optimiser.weights.masters]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
+
+
+def ragged(rollout: Rollout) -> Rollout:
+    """The same responses, cut to 6, 5, 4, 3, 2, 1, 6 and 5 tokens."""
+    sequences = rollout.sequences
+    lengths = torch.tensor([6, 5, 4, 3, 2, 1, 6, 5]).unsqueeze(1)
+    attention = sequences.attention.clone()
+    attention[:, sequences.prompt_length :] &= torch.arange(6) < lengths
+    return replace(rollout, sequences=replace(sequences, attention=attention))
+
+
+def test_the_reward_model_reads_the_same_in_a_padded_batch_and_before_eos(folder: Path):
+    torch.manual_seed(3)
+    base = load_causal_lm(folder, torch.float32)
+    scorer = RewardModel(*split(base, 2), 64, PAD)
+    torch.nn.init.normal_(scorer.head.linear.weight)
+    model = ActorCritic(base, config().model)
+    samples = draw(model, PROMPTS)
+    sequences = samples.sequences
+    last = sequences.prompt_length + sequences.mask.sum(dim=1) - 1
+    sequences.tokens[0, last[0]] = EOS  # one ends, the others are cut
+    samples = replace(samples, ended=torch.tensor([True, False, False, False]))
+    found = ModelReward(scorer, model)(samples, model.activations(sequences))
+    texts = [tokens[mask].tolist() for tokens, mask in zip(sequences.tokens, sequences.attention, strict=True)]
+    texts[0] = texts[0][:-1]
+    expected = torch.cat([scorer.raw([text]) for text in texts])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(score_texts(scorer, texts), expected, atol=1e-5, rtol=0)  # buckets keep the order
+
+
+def test_dropout_in_the_configuration_is_switched_off(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attention_dropout=0.5)
+    model.train()
+    settings = config(learning_rate=1e-30, critic_learning_rate=1e-30)
+    t = Trainer(
+        ActorCritic(without_dropout(model), settings.model), length_reward, PROMPTS, settings, seed=1, eos=2, pad=2
+    )
+    assert t.step()["ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_model_that_caps_its_logits_is_refused(folder: Path):
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    granite = AutoModelForCausalLM.from_config(GraniteConfig(**small, **heads, logits_scaling=8.0))
+    with pytest.raises(ConfigError, match="computes its logits"):
+        ActorCritic(granite.eval(), ModelConfig(trainable="full"))
 
 
 @pytest.mark.parametrize("kl_target", [None, 3.0])
@@ -218,3 +273,9 @@ def test_every_prompt_comes_once_an_epoch_in_a_new_order(folder: Path):
     epochs = [seen[start : start + 12] for start in range(0, 48, 12)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("reward", [{"kl_target": 3.0, "kl_horizon": 1}, {"kl_target": 3.0, "kl_coef": 0.0}])
+def test_an_adaptive_coefficient_that_cannot_work_is_refused(reward: dict[str, float]):
+    with pytest.raises(ValueError, match="adaptive KL coefficient"):
+        PPOConfig.model_validate({"reward": reward})

@@ -92,3 +92,33 @@ def test_nothing_counted_costs_nothing():
     x = torch.full((2, 3), math.nan)
     assert policy_loss(x, x, x, none, 0.2).loss.item() == 0
     assert value_loss(x, x, x, none, 0.2).loss.item() == 0
+
+
+def test_rounding_is_no_clipping():
+    torch.manual_seed(0)
+    old = torch.randn(64, 8) * 1e-3
+    values = old + (torch.rand(64, 8) - 0.5) * 0.3  # nowhere 0.2 away
+    mask = torch.ones(64, 8, dtype=torch.bool)
+    assert value_loss(values, old, torch.randn(64, 8), mask, 0.2).clip_fraction.item() == 0
+
+
+def test_no_advantage_is_no_loss_however_far_the_ratio():
+    result = policy_loss(
+        torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), -100.0), torch.zeros(1, 1), torch.ones(1, 1) > 0, 0.2
+    )
+    assert result.loss.item() == 0
+
+
+def test_targets_receive_no_gradient():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    leaves = [torch.randn(2, 3).requires_grad_() for _ in range(4)]
+    loss = policy_loss(leaves[0], leaves[1], leaves[2], mask, 0.2).loss
+    (loss + value_loss(leaves[0], leaves[1], leaves[3], mask, 0.2).loss).backward()
+    assert leaves[0].grad is not None
+    assert [leaf.grad for leaf in leaves[1:]] == [None] * 3
+
+
+def test_a_mask_of_another_shape_is_refused():
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="mask is"):
+        policy_loss(x, x, x, torch.ones(1, 2, dtype=torch.bool), 0.2)
