@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import errno
+import inspect
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,32 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
+class LMHead(nn.Module):
+    """Hidden states [.., D] to logits [.., V], as the model's own forward makes them.
+
+    Beyond the output layer that is a scale (Cohere, Granite) or a cap (Gemma 2), which the configuration names.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.linear = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.scale = getattr(config, "logit_scale", None) or 1.0
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(hidden)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    """Whether a decoder is told where tokens stand; Bloom's reads it from the attention mask."""
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
 class Stack(nn.Module):
     """Consecutive layers of a decoder, run by the decoder's own forward."""
 
@@ -67,10 +95,16 @@ class Stack(nn.Module):
 
         `attention` [B, T] is True where a token stands; padding may lie on either side.
         """
-        positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
-        out = self.decoder(**inputs, attention_mask=attention.long(), position_ids=positions, use_cache=False)
+        if takes_positions(self.decoder):
+            inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
+        out = self.decoder(**inputs, attention_mask=attention.long(), use_cache=False)
         return out.last_hidden_state
+
+    def checkpoint_activations(self) -> None:
+        """From now on, in training mode, compute activations again in the backward pass instead of keeping them."""
+        decoder: Any = self.decoder
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def depth_of(stack: Stack) -> int:
@@ -82,10 +116,17 @@ def depth_of(stack: Stack) -> int:
 def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
     """Cut `model` so that the upper stack has `top_layers` layers and the final norm; weights are shared, not copied.
 
-    Raises ConfigError if the model has no more layers than that, or is not built like Llama (layers, norm,
-    embed_tokens).
+    Raises ConfigError if the model has no more layers than that, or is not built like Llama or GPT-NeoX (embeddings,
+    layers, final norm, and nothing else that works on hidden states).
     """
-    layers = _layers(model)
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers") or norm_of(decoder) is None:
+        raise ConfigError(
+            f"{type(model).__name__} is not built from layers and a final norm, so it cannot be cut",
+            "ppo.model and reward_model.top_layers",
+            "set ppo.model.trainable to lora or full, or choose a model built like Llama",
+        )
+    layers = decoder.layers
     if not 0 < top_layers < len(layers):
         raise ConfigError(
             f"cannot train the top {top_layers} of {len(layers)} layers",
@@ -93,16 +134,19 @@ def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
             f"choose 1 to {len(layers) - 1}; to train all of the policy, set ppo.model.trainable to full",
         )
     cut = len(layers) - top_layers
-    decoder = model.get_decoder()
     if len(set(getattr(decoder.config, "layer_types", None) or ())) > 1:
         # transformers picks a layer's mask by its place in the stack, which the cut moves.
         raise ConfigError(
             "mixes kinds of attention across its layers, which a cut would confuse",
             type(model).__name__,
-            "choose a model with one kind of attention",
+            "set ppo.model.trainable to lora or full, or choose a model with one kind of attention",
         )
-    trunk, top = _with(decoder, layers[:cut], nn.Identity()), _with(decoder, layers[cut:], decoder.norm)
-    top.embed_tokens = None  # a top starts from hidden states; its state is its layers and norm
+    norm = norm_of(decoder)
+    assert norm is not None
+    trunk, top = _with(decoder, layers[:cut], nn.Identity()), _with(decoder, layers[cut:], getattr(decoder, norm))
+    for name in _EMBEDDINGS:  # a top starts from hidden states; its state is its layers and norm
+        if hasattr(top, name):
+            setattr(top, name, None)
     return Stack(trunk), Stack(top)
 
 
@@ -112,7 +156,7 @@ def join(trunk: Stack | None, top: Stack) -> nn.Module:
     if trunk is None:
         return upper
     lower: Any = trunk.decoder
-    return _with(lower, [*lower.layers, *upper.layers], upper.norm)
+    return _with(lower, [*lower.layers, *upper.layers], getattr(upper, norm_of(upper) or ""))
 
 
 def clone(stack: Stack) -> Stack:
@@ -120,15 +164,19 @@ def clone(stack: Stack) -> Stack:
     return copy.deepcopy(stack)
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    decoder = model.get_decoder()
-    if not all(hasattr(decoder, name) for name in ("layers", "norm", "embed_tokens")):
-        raise ConfigError(
-            f"{type(model).__name__} is not built from layers, norm and embed_tokens, so it cannot be cut",
-            "ppo.model and reward_model.top_layers",
-            "choose a model built like Llama",
-        )
-    return decoder.layers
+def share(module: Any) -> Any:
+    """A copy of `module` on the very same weights: what is added to one is not in the other."""
+    kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, kept)
+
+
+_NORMS = ("norm", "final_layer_norm", "final_layernorm")
+_EMBEDDINGS = ("embed_tokens", "embed_in")
+
+
+def norm_of(decoder: Any) -> str | None:
+    """The name of a decoder's final norm, which differs between families."""
+    return next((name for name in _NORMS if hasattr(decoder, name)), None)
 
 
 def _with(decoder: Any, layers: Any, norm: nn.Module) -> Any:
@@ -136,5 +184,7 @@ def _with(decoder: Any, layers: Any, norm: nn.Module) -> Any:
     twin = copy.copy(decoder)
     twin._modules = dict(decoder._modules)
     twin.layers = nn.ModuleList(layers)
-    twin.norm = norm
+    name = norm_of(decoder)
+    assert name is not None
+    setattr(twin, name, norm)
     return twin

@@ -2,6 +2,7 @@
 
 Shapes: B batch, R response position. Masks as in `masking`. Every loss is a sum over counted tokens divided by
 `denominator`: pass the minibatch's number of counted tokens, and the losses of its micro-batches add up to its own.
+A denominator [B, 1] divides each response by a number of its own (`denominators`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class PolicyLoss:
     approx_kl: Tensor
     """KL(old || new), k3."""
     ratio: Tensor
+    ratio_max: Tensor
+    """The largest ratio of a token that counts; 0 where none does."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def policy_loss(
     with torch.no_grad():
         clip_fraction = masked_mean((clipped > plain).to(loss.dtype), mask)
         approx_kl = masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask)
-        mean_ratio = masked_mean(ratio, mask)
-    return PolicyLoss(_mean(loss, mask, denominator), clip_fraction, approx_kl, mean_ratio)
+        true_ratio = counted(log_ratio.exp(), mask)
+        mean_ratio, largest = masked_mean(true_ratio, mask), true_ratio.max()
+    return PolicyLoss(mean_loss(loss, mask, denominator), clip_fraction, approx_kl, mean_ratio, largest)
 
 
 def value_loss(
@@ -85,7 +89,7 @@ def value_loss(
     plain, clipped = (values - returns).square(), (near - returns).square()
     with torch.no_grad():
         clip_fraction = masked_mean((clipped > plain).to(plain.dtype), mask)
-    return ValueLoss(_mean(0.5 * torch.maximum(plain, clipped), mask, denominator), clip_fraction)
+    return ValueLoss(mean_loss(0.5 * torch.maximum(plain, clipped), mask, denominator), clip_fraction)
 
 
 def preference_loss(
@@ -110,7 +114,39 @@ def ppo_objective(policy: Tensor, value: Tensor, entropy: Tensor, value_coef: fl
     return policy + value_coef * value - entropy_coef * entropy
 
 
-def _mean(loss: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    estimator: str = "k1",
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """KL(policy || reference) per token as a term of the loss: the estimator's value, and the gradient of the KL.
+
+    Differentiated as they stand, only k2 gives the KL's gradient: that of k1 is 0 in expectation, that of k3 belongs to
+    another divergence (Tang & Munos 2025, https://arxiv.org/abs/2506.09477). So k2 carries it for each of them.
+    """
+    logprobs, ref_logprobs = counted(logprobs, mask), counted(ref_logprobs.detach(), mask)
+    k2 = kl_estimate(logprobs, ref_logprobs, "k2")
+    value = kl_estimate(logprobs, ref_logprobs, estimator)
+    return mean_loss(k2 + (value - k2).detach(), mask, denominator)
+
+
+def denominators(mask: Tensor, aggregation: str) -> Tensor:
+    """What the losses of a minibatch with `mask` [B, R] are divided by.
+
+    "tokens": the number of counted tokens, a scalar; every token weighs the same. "sequences": B times the response's
+    own number, [B, 1]; every response weighs the same, however long.
+    """
+    if aggregation == "tokens":
+        return mask.sum().clamp(min=1)
+    if aggregation == "sequences":
+        return mask.sum(dim=1, keepdim=True).clamp(min=1) * len(mask)
+    raise ValueError(f"unknown aggregation {aggregation!r}; choose tokens or sequences")
+
+
+def mean_loss(loss: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Sum of `loss` [B, R] over the tokens that count, each divided by the denominator (default: their number)."""
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
-    return counted(loss, mask).sum() / denominator
+    return (counted(loss, mask) / denominator).sum()

@@ -6,18 +6,24 @@ Shapes: B batch, T position, R response, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig
-from ppo_core.decoder import Stack, clone, depth_of, join, split
+from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, share, split
 from ppo_core.errors import ConfigError
+from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
-from ppo_core.scorers import RewardModel
+from ppo_core.scorers import RewardModel, ScoreHead
+from ppo_core.seeds import derive
 from ppo_core.types import Sequences
+from ppo_core.weights import SCALING
 
 
 class ValueHead(nn.Module):
@@ -32,6 +38,12 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden.float()).squeeze(-1)
 
+    @torch.no_grad()
+    def start_from(self, head: ScoreHead) -> None:
+        """Predict, before every token, the normalised score that the reward model gives to the text so far."""
+        self.linear.weight.copy_(head.linear.weight / head.std)
+        self.linear.bias.copy_((head.linear.bias - head.mean) / head.std)
+
 
 @dataclass(frozen=True)
 class TokenEvaluation:
@@ -43,86 +55,171 @@ class TokenEvaluation:
 
 
 class ActorCritic(nn.Module):
-    """Policy, frozen reference and critic of one causal LM, over one trunk where only the top is trained."""
+    """Policy, frozen reference and critic of one causal LM.
+
+    | trained    | policy                          | reference                                 |
+    |------------|---------------------------------|-------------------------------------------|
+    | top_layers | own top over the shared trunk   | the frozen top of that trunk              |
+    | lora       | the model's weights and adapter | the same weights, seen without adapter    |
+    | full       | a copy                          | the model                                 |
+    """
 
     trunk: Stack | None
+    critic: Stack | None
 
-    def __init__(self, model: Any, config: ModelConfig, reward_model: RewardModel | None = None) -> None:
-        """`model` becomes the reference and is never changed.
+    def __init__(
+        self, model: Any, config: ModelConfig, reward_model: RewardModel | None = None, *, seed: int = 0
+    ) -> None:
+        """`model` becomes the reference and is never changed; a peft adapter that it carries is merged into it first.
 
-        A separate critic starts from the reward model if that stands on the same trunk, else from the policy.
+        `seed` is that of new adapters. Raises ConfigError if the model cannot be trained in this way, or a separate
+        critic cannot start as `config.critic_start` says.
         """
         super().__init__()
         self.config = config
-        self.reference_model = model
-        self.reference_head = model.get_output_embeddings()
+        self.reference_model = model = without_adapter(model)
+        self.reference_head = LMHead(model)
+        self.policy_head = self.reference_head
         if config.trainable == "top_layers":
             self.trunk, self.reference = split(model, config.top_layers)
-            self.policy, self.policy_head = clone(self.reference), self.reference_head
+            self.policy = clone(self.reference)
         else:
-            policy = copy.deepcopy(model)
             self.trunk, self.reference = None, Stack(model.get_decoder())
-            self.policy, self.policy_head = Stack(policy.get_decoder()), policy.get_output_embeddings()
-        on_trunk = reward_model and self.trunk and depth_of(reward_model.top) == depth_of(self.reference)
-        start = reward_model.top if reward_model and on_trunk else self.reference
-        self.critic = clone(start) if config.critic == "separate" else None
-        self._probe()
+            if config.trainable == "lora":
+                self.policy = self._adapted(self.reference, derive(seed, "adapter", "policy"))
+            else:
+                policy = copy.deepcopy(model)
+                self.policy, self.policy_head = Stack(policy.get_decoder()), LMHead(policy)
         self.value_head = ValueHead(model.config.get_text_config().hidden_size)
+        self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
+        self._probe()
         self.sampler = join(self.trunk, self.policy)
+        if config.gradient_checkpointing:
+            for stack in self._trained_stacks():
+                stack.checkpoint_activations()
+
+    def _adapted(self, stack: Stack, seed: int) -> Stack:
+        """The stack's own weights, not copied, seen through an adapter that the stack itself knows nothing of."""
+        adapted = Stack(share(stack.decoder))
+        add_adapter(adapted.decoder, self.config.lora, seed)
+        return adapted
+
+    def _new_critic(self, reward_model: RewardModel | None, seed: int) -> Stack:
+        """Layers for a separate critic, of the kind that is trained; gives the value head its start, too."""
+        start = self.reference
+        if self.config.critic_start == "reward_model":
+            if reward_model is None:
+                raise ConfigError("there is no trained reward model to start from", _CRITIC_START, "set it to policy")
+            if self.trunk is None:
+                start = Stack(join(reward_model.trunk, reward_model.top))
+            elif depth_of(reward_model.top) != depth_of(self.reference):
+                raise ConfigError(
+                    f"the reward model has {depth_of(reward_model.top)} layers of its own, the critic "
+                    f"{depth_of(self.reference)}",
+                    _CRITIC_START,
+                    "set it to policy, or reward_model.top_layers to ppo.model.top_layers",
+                )
+            else:
+                start = reward_model.top
+            self.value_head.start_from(reward_model.head)
+        if self.config.trainable == "lora":
+            return self._adapted(start, derive(seed, "adapter", "critic"))
+        return clone(start)
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Refuse a model whose forward is more than decoder and output layer (Gemma 2 caps logits, Granite scales)."""
-        tokens = torch.arange(3, 19).unsqueeze(0) % self.reference_head.weight.shape[0]
+        """Refuse a model whose forward is more than decoder and output layer as we know them."""
+        tokens = torch.arange(3, 19).unsqueeze(0) % self.reference_head.linear.weight.shape[0]
         expected = self.reference_model(tokens).logits.float()
         attention = torch.ones_like(tokens, dtype=torch.bool)
         hidden = tokens if self.trunk is None else self.trunk(tokens, attention)
         found = self.reference_head(self.reference(hidden, attention)).float()
         if not torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0):
             raise ConfigError(
-                "computes its logits in a way that is not reproduced here (scaled, capped, or mixed attention)",
+                "computes its logits in a way that is not reproduced here",
                 type(self.reference_model).__name__,
-                "choose a model built like Llama",
+                "set ppo.model.trainable to lora or full" if self.trunk else "choose another model",
             )
 
     def policy_weights(self) -> dict[str, nn.Parameter]:
-        """The policy's trained parameters under their transformers names."""
-        if self.config.trainable == "full":
-            own = _prefixed(self.policy.decoder, _decoder_name(self.reference_model))
-            tied = {id(p) for p in own.values()}
-            head = _prefixed(self.policy_head, _name_of(self.reference_model, self.reference_head))
-            return own | {name: p for name, p in head.items() if id(p) not in tied}
+        """The policy's trained parameters under their transformers (adapters: peft) names."""
         prefix = _decoder_name(self.reference_model)
-        cut = depth_of(self.trunk) if self.trunk else 0
         decoder: Any = self.policy.decoder
-        weights = _prefixed(decoder.norm, f"{prefix}.norm")
-        for i, layer in enumerate(decoder.layers):
-            weights |= _prefixed(layer, f"{prefix}.layers.{cut + i}")
+        if self.config.trainable == "lora":
+            return {f"{prefix}.{name}": p for name, p in adapter_weights(decoder).items()}
+        if self.config.trainable == "full":
+            own = _prefixed(decoder, prefix)
+            tied = {id(p) for p in own.values()}
+            head = _prefixed(self.policy_head.linear, _name_of(self.reference_model, self.reference_head.linear))
+            return own | {name: p for name, p in head.items() if id(p) not in tied}
+        assert self.trunk is not None
+        weights = {}
+        for name, parameter in decoder.named_parameters():
+            if name.startswith("layers."):
+                _, i, rest = name.split(".", 2)
+                name = f"layers.{depth_of(self.trunk) + int(i)}.{rest}"
+            weights[f"{prefix}.{name}"] = parameter
+        return weights
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What, with the model it started from, makes the policy: see `weights.install`."""
+        weights = {name: p.detach() for name, p in self.policy_weights().items()}
+        if self.config.trainable == "lora":
+            weights[SCALING] = torch.tensor(self.config.lora.alpha / self.config.lora.rank)
         return weights
 
     def critic_weights(self) -> list[nn.Parameter]:
-        """The critic's own parameters: its layers if it has any, and the value head."""
-        layers = [] if self.critic is None else list(self.critic.parameters())
-        return layers + list(self.value_head.parameters())
+        """The critic's own parameters: its layers or adapter if it has any, and the value head."""
+        if self.critic is None:
+            return list(self.value_head.parameters())
+        lora = self.config.trainable == "lora"
+        own = adapter_weights(self.critic.decoder).values() if lora else self.critic.parameters()
+        return [*own, *self.value_head.parameters()]
 
     @torch.no_grad()
     def activations(self, sequences: Sequences) -> Tensor:
         """What every top starts from: trunk output [B, T, D], or the token ids [B, T] where there is no trunk."""
         return sequences.tokens if self.trunk is None else self.trunk(sequences.tokens, sequences.attention)
 
-    def evaluate(self, activations: Tensor, sequences: Sequences, temperature: float) -> TokenEvaluation:
+    def evaluate(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> TokenEvaluation:
         """Log-probabilities, entropies and values of the response tokens under policy and critic."""
         hidden = _before_responses(self.policy, activations, sequences)
-        logits = self.policy_head(hidden)
         of_critic = hidden if self.critic is None else _before_responses(self.critic, activations, sequences)
-        logprobs, entropy = logprobs_and_entropy(logits, sequences.responses, temperature)
+        logits = law.restricted(self.policy_head(hidden), sequences.kept)
+        logprobs, entropy = logprobs_and_entropy(logits, sequences.responses, law.temperature)
         return TokenEvaluation(logprobs, entropy, self.value_head(of_critic))
 
+    def language_model_logprobs(self, sequences: Sequences) -> Tensor:
+        """The policy's log-probabilities [B, R] of text that people wrote: at temperature 1, nothing left out."""
+        hidden = _before_responses(self.policy, self.activations(sequences), sequences)
+        return token_logprobs(self.policy_head(hidden), sequences.responses)
+
     @torch.no_grad()
-    def reference_logprobs(self, activations: Tensor, sequences: Sequences, temperature: float) -> Tensor:
+    def reference_logprobs(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> Tensor:
         """Log-probabilities [B, R] of the response tokens under the reference."""
         hidden = _before_responses(self.reference, activations, sequences)
-        return token_logprobs(self.reference_head(hidden), sequences.responses, temperature)
+        logits = law.restricted(self.reference_head(hidden), sequences.kept)
+        return token_logprobs(logits, sequences.responses, law.temperature)
+
+    @contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """Forward passes whose backward pass follows: transformers checkpoints activations in training mode only."""
+        if not self.config.gradient_checkpointing:
+            yield
+            return
+        for stack in self._trained_stacks():
+            stack.train()
+        try:
+            yield
+        finally:
+            for stack in self._trained_stacks():
+                stack.eval()
+
+    def _trained_stacks(self) -> list[Stack]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
+
+_CRITIC_START = "ppo.model.critic_start"
 
 
 def _before_responses(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:

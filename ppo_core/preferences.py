@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ppo_core.errors import TrainingHealthError
 from ppo_core.losses import preference_loss
 from ppo_core.precision import MasterWeights
+from ppo_core.schedules import learning_rate_factor
 from ppo_core.scorers import TextScorer, raw_scores
 from ppo_core.seeds import generator
 
@@ -53,7 +55,9 @@ def fit(
     for parameter in weights.working:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(weights.masters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, partial(learning_rate_factor, "cosine", warmup=max(1, steps // 10), horizon=steps)
+    )
     batches = _batches(pairs, batch_pairs, seed)
     for step in range(steps):
         batch = next(batches)
@@ -95,15 +99,3 @@ def _batches(pairs: Pairs, size: int, seed: int) -> Iterator[list[int]]:
             # The offset moves the borders, so that no group is cut at the same place twice.
             yield [(offset + starts[k] + i) % len(pairs) for i in range(size)]
         epoch += 1
-
-
-def _warm_cosine(steps: int) -> Callable[[int], float]:
-    warmup = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress))))
-
-    return factor

@@ -5,8 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_core.config import RewardConfig
 from ppo_core.kl import kl_estimate
 from ppo_core.masking import counted
+
+
+def penalise(scores: Tensor, lengths: Tensor, ended: Tensor, config: RewardConfig, max_new_tokens: int) -> Tensor:
+    """Scores [B] less what their responses' form costs; `lengths` [B] in tokens, `ended` [B] bool.
+
+    Taken off are `missing_eos_penalty` where the response was cut (the EOS trick of Huang et al. 2024, as a
+    subtraction), `length_penalty` for each token, and max(0, length - (L - buffer)) / buffer, the soft overlong
+    punishment, with L the longest response (Yu et al. 2025, equation 13, https://arxiv.org/abs/2503.14476).
+    """
+    scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype) - config.length_penalty * lengths
+    if config.overlong_buffer:
+        over = (lengths - (max_new_tokens - config.overlong_buffer)).clamp(min=0)
+        scores = scores - over / config.overlong_buffer
+    return scores
+
+
+class RunningMoments:
+    """Mean and variance of all scores seen so far (Chan et al. 1979: two sets of moments become one)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        """`squares`: the sum of squared deviations from the mean."""
+
+    def update(self, scores: Tensor) -> None:
+        """Take in a batch of scores [B]."""
+        x = scores.double()
+        n, mean = len(x), float(x.mean())
+        shift, total = mean - self.mean, self.count + n
+        self.squares += float((x - mean).square().sum()) + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """Scores [B] in standard deviations from the mean; 0 while all that was seen is equal."""
+        std = (self.squares / max(self.count, 1)) ** 0.5
+        return (scores - self.mean) / std if std > 0 else torch.zeros_like(scores)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
 
 
 def shape_rewards(

@@ -1,19 +1,21 @@
-"""Phase 1 of a cycle: the policy answers, and everything about the answers that the update needs is written down."""
+"""Phase 1 of a cycle, after the answers: everything about them that the update needs is written down."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ppo_core.config import SamplingConfig
 from ppo_core.decoder import depth_of
+from ppo_core.law import SamplingLaw
 from ppo_core.models import ActorCritic
-from ppo_core.sampling import sample
 from ppo_core.scorers import RewardModel
-from ppo_core.types import Rollout, Samples, Sequences
+from ppo_core.types import Rollout, Samples
+
+PlainReward = Callable[[list[str], list[str]], Sequence[float]]
+"""A plain function of prompts and responses, as texts, that returns a score for each."""
 
 
 class RewardFunction(Protocol):
@@ -37,64 +39,63 @@ class ModelReward:
         return self.model.head.normalise(self.model.read(activations, attention))
 
 
+class FunctionReward:
+    """A plain Python function of prompts and responses, read as texts."""
+
+    def __init__(
+        self,
+        function: PlainReward,
+        read_prompt: Callable[[list[int]], str],
+        read_response: Callable[[list[int]], str],
+    ) -> None:
+        """`read_prompt` and `read_response` turn token ids into the texts that `function` is given."""
+        self.function, self.read_prompt, self.read_response = function, read_prompt, read_response
+
+    def __call__(self, samples: Samples, activations: Tensor) -> Tensor:
+        sequences = samples.sequences
+        rows = zip(sequences.tokens, text_attention(samples), strict=True)
+        p = sequences.prompt_length
+        texts = [(tokens[:p][there[:p]].tolist(), tokens[p:][there[p:]].tolist()) for tokens, there in rows]
+        prompts = [self.read_prompt(prompt) for prompt, _ in texts]
+        scores = self.function(prompts, [self.read_response(response) for _, response in texts])
+        if len(scores) != len(texts):
+            raise ValueError(f"the reward function returned {len(scores)} scores for {len(texts)} responses")
+        return torch.tensor([float(score) for score in scores])
+
+
 def text_attention(samples: Samples) -> Tensor:
-    """Where text stands [B, T]: the attention without the final EOS of responses that ended."""
+    """Where text stands [B, T]: the attention without a final EOS or stop token."""
     sequences = samples.sequences
-    last = (sequences.mask.sum(dim=1) - 1).clamp(min=0) + sequences.prompt_length
-    attention = sequences.attention.clone()
-    rows = samples.ended.nonzero().squeeze(1)
-    attention[rows, last[rows]] = False
-    return attention
+    text = torch.arange(sequences.responses.shape[1]) < samples.text_lengths.unsqueeze(1)
+    return torch.cat([sequences.attention[:, : sequences.prompt_length], text], dim=1)
 
 
-def collect(
-    model: ActorCritic,
-    reward: RewardFunction,
-    prompts: list[list[int]],
-    sampling: SamplingConfig,
-    seeds: Sequence[int],
-    *,
-    eos: int,
-    pad: int,
-    micro_batch: int,
+def score_all(
+    model: ActorCritic, reward: RewardFunction, samples: Samples, law: SamplingLaw, micro_batch: int
 ) -> Rollout:
-    """Sample one response a prompt and score it.
+    """Score samples in micro-batches of like length, without the padding that none of their rows needs.
 
-    The log-probabilities kept are those of the scoring pass: the same arithmetic as in the update, so that the first
-    ratio is 1 whatever the precision.
+    The log-probabilities kept are those of this pass and not the sampler's: it is the arithmetic of the update, so that
+    the first ratio is 1 whatever the precision.
     """
-    samples = sample(model.sampler, model.policy_head, prompts, sampling, seeds, eos, pad)
-    parts = [
-        score(model, reward, samples.rows(slice(start, start + micro_batch)), sampling.temperature)
-        for start in range(0, len(prompts), micro_batch)
-    ]
-    return concatenate(parts)
+    order = samples.sequences.attention.sum(dim=1).argsort(stable=True)
+    parts = [score(model, reward, samples.rows(index), law) for index in order.split(micro_batch)]
+    return Rollout.put_together(samples.sequences, parts, order)
 
 
 @torch.no_grad()
-def score(model: ActorCritic, reward: RewardFunction, samples: Samples, temperature: float) -> Rollout:
+def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: SamplingLaw) -> Rollout:
     """All that is known of some responses: one trunk pass serves policy, reference, critic and reward model."""
     sequences = samples.sequences
     activations = model.activations(sequences)
-    policy = model.evaluate(activations, sequences, temperature)
+    policy = model.evaluate(activations, sequences, law)
     return Rollout(
         sequences=sequences,
         activations=activations,
         logprobs=policy.logprobs,
-        ref_logprobs=model.reference_logprobs(activations, sequences, temperature),
+        ref_logprobs=model.reference_logprobs(activations, sequences, law),
         values=policy.values,
         entropy=policy.entropy,
         scores=reward(samples, activations).float(),
         ended=samples.ended,
     )
-
-
-def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Micro-batches of one batch (equal P and R) as one rollout."""
-    tensors = ("activations", "logprobs", "ref_logprobs", "values", "entropy", "scores", "ended")
-    sequences = Sequences(
-        torch.cat([p.sequences.tokens for p in parts]),
-        torch.cat([p.sequences.attention for p in parts]),
-        parts[0].sequences.prompt_length,
-    )
-    return Rollout(sequences, **{name: torch.cat([getattr(p, name) for p in parts]) for name in tensors})

@@ -12,19 +12,21 @@ from torch import Tensor
 from ppo_core.advantages import gae
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import describe
-from ppo_core.health import Health
+from ppo_core.health import Health, refuse_non_finite
 from ppo_core.kl import AdaptiveKL, FixedKL
+from ppo_core.law import SamplingLaw
 from ppo_core.masking import masked_whiten
 from ppo_core.models import ActorCritic
-from ppo_core.rewards import shape_rewards
-from ppo_core.rollout import RewardFunction, collect
+from ppo_core.rewards import RunningMoments, penalise, shape_rewards
+from ppo_core.rollout import RewardFunction, score_all
+from ppo_core.sampling import sample
 from ppo_core.seeds import derive, generator
-from ppo_core.types import Rollout
-from ppo_core.update import Experience, Optimiser
+from ppo_core.types import Experience, Rollout, Samples
+from ppo_core.update import Optimiser
 
 
 class Trainer:
-    """Owns everything that changes during training: weights, optimiser, KL coefficient, and one counter."""
+    """Owns everything that changes during training: weights, optimiser, KL coefficient, moments, and one counter."""
 
     def __init__(
         self,
@@ -34,59 +36,72 @@ class Trainer:
         config: PPOConfig,
         *,
         seed: int,
-        eos: int,
+        law: SamplingLaw,
         pad: int,
+        ptx: Sequence[Sequence[int]] = (),
     ) -> None:
-        """`prompts` are token ids; every epoch over them is in a new order."""
+        """`prompts` and `ptx` (texts for the language-modelling term) are token ids.
+
+        Every epoch over the prompts is in a new order.
+        """
+        if config.loss.ptx_coef and not ptx:
+            raise ValueError("ppo.loss.ptx_coef needs texts: pass ptx")
         self.model, self.reward, self.prompts, self.config = model, reward, prompts, config
-        self.seed, self.eos, self.pad = seed, eos, pad
-        self.optimiser = Optimiser(model, config)
+        self.seed, self.law, self.pad = seed, law, pad
+        self.optimiser = Optimiser(model, config, law, ptx=ptx, pad=pad)
         kl = config.reward
         self.kl = FixedKL(kl.kl_coef) if kl.kl_target is None else AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon)
-        self.health = Health()
+        self.moments = RunningMoments()
+        self.health = Health(config.health)
         self.iteration = 0
 
     def step(self) -> dict[str, float]:
         """One iteration: roll out, estimate advantages, update. Returns diagnostics over all its tokens."""
-        started = time.perf_counter()
-        rollout = self.roll_out()
-        sampled = time.perf_counter()
+        clock = [time.perf_counter()]
+        samples = self.sample()
+        clock.append(time.perf_counter())
+        rollout = self.score(samples)
+        self.moments.update(rollout.scores)
         experience = self.estimate(rollout)
         stats = describe(experience, self.kl.coef)
-        self.health.check(stats, self.config.rollout_size, f"iteration {self.iteration}")
-        stats |= self.optimiser.update(experience, self.seed, self.iteration)
-        self.kl.update(stats["kl"], len(rollout.scores))
+        self.health.check(stats, len(rollout), self._where())
+        clock.append(time.perf_counter())
+        stats |= self.optimiser.update(experience, seed=self.seed, iteration=self.iteration, kl_coef=self.kl.coef)
+        self.kl.update(stats["kl"], len(rollout))
         self.iteration += 1
-        return stats | {"rollout_s": sampled - started, "update_s": time.perf_counter() - sampled}
+        clock.append(time.perf_counter())
+        phases = zip(("sample_s", "score_s", "update_s"), clock, clock[1:], strict=False)
+        return stats | {phase: end - start for phase, start, end in phases}
+
+    def sample(self) -> Samples:
+        """Phase 1: the policy answers."""
+        seeds = [derive(self.seed, "sample", self.iteration, row) for row in range(self.config.rollout_size)]
+        return sample(self.model.sampler, self.model.policy_head, self.next_prompts(), self.law, seeds, self.pad)
+
+    def score(self, samples: Samples) -> Rollout:
+        """The reward model scores, the reference compares, the value function predicts."""
+        rollout = score_all(self.model, self.reward, samples, self.law, self.config.update.micro_batch)
+        refuse_non_finite(rollout, self._where())
+        return rollout
 
     def roll_out(self) -> Rollout:
-        """Phase 1: the policy answers, the reward model scores, the value function predicts."""
-        return collect(
-            self.model,
-            self.reward,
-            self.next_prompts(),
-            self.config.sampling,
-            [derive(self.seed, "sample", self.iteration, row) for row in range(self.config.rollout_size)],
-            eos=self.eos,
-            pad=self.pad,
-            micro_batch=self.config.update.micro_batch,
-        )
+        """Both of the above."""
+        return self.score(self.sample())
 
     def estimate(self, rollout: Rollout) -> Experience:
         """Per-token rewards and their generalised advantages; whitening leaves the returns alone."""
-        reward, advantage = self.config.reward, self.config.advantages
+        reward, advantage, mask = self.config.reward, self.config.advantages, rollout.mask
+        scores = self.moments.normalise(rollout.scores) if reward.normalise else rollout.scores
+        scores = penalise(scores, mask.sum(dim=1), rollout.ended, reward, self.config.sampling.max_new_tokens)
+        kl_coef = self.kl.coef if reward.kl_in == "reward" else 0.0
         rewards = shape_rewards(
-            rollout.scores,
-            rollout.logprobs,
-            rollout.ref_logprobs,
-            rollout.mask,
-            self.kl.coef,
-            reward.kl_estimator,
-            reward.score_clip,
+            scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef, reward.kl_estimator, reward.score_clip
         )
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, advantage.gamma, advantage.lam)
+        if reward.whiten:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, rollout.values, mask, advantage.gamma, advantage.lam)
         if advantage.whiten:
-            advantages = masked_whiten(advantages, rollout.mask)
+            advantages = masked_whiten(advantages, mask)
         return Experience(rollout, advantages, returns)
 
     def next_prompts(self) -> list[list[int]]:
@@ -99,11 +114,20 @@ class Trainer:
         return [self.prompts[i] for i in order[start : start + size].tolist()]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a later process needs to go on: tensors, and plain values for JSON."""
+        """All that a later process needs to go on: tensors, and plain values for JSON.
+
+        There are no generators in it: every draw is seeded by what it is for and by the iteration (`seeds`). Learning
+        rates and the place in the prompts follow from the iteration, too.
+        """
         tensors = {f"master.{i}": t for i, t in enumerate(self.optimiser.weights.state())}
         for i, slots in self.optimiser.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in slots.items()}
-        return tensors, {"iteration": self.iteration, "kl": self.kl.state_dict(), "health": self.health.last}
+        return tensors, {
+            "iteration": self.iteration,
+            "kl": self.kl.state_dict(),
+            "moments": self.moments.state_dict(),
+            "health": self.health.state_dict(),
+        }
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -118,4 +142,8 @@ class Trainer:
         adam.load_state_dict({"state": slots, "param_groups": adam.state_dict()["param_groups"]})
         self.iteration = plain["iteration"]
         self.kl.load_state_dict(plain["kl"])
-        self.health.last = plain["health"]
+        self.moments.load_state_dict(plain["moments"])
+        self.health.load_state_dict(plain["health"])
+
+    def _where(self) -> str:
+        return f"cycle {self.iteration // self.config.iterations + 1}, iteration {self.iteration + 1}"

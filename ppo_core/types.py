@@ -1,12 +1,16 @@
-"""Records that pass between the parts. Shapes: B batch, P prompt, R response, T = P + R, D width."""
+"""Records that pass between the parts. Shapes: B batch, P prompt, R response, T = P + R, D width, K kept tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as fill
+
+from ppo_core.masking import check_mask
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Sequences:
     """[B, T] bool, True where a token stands."""
     prompt_length: int
     """P: the responses begin here in every row."""
+    kept: Tensor | None = None
+    """[B, R, K] int64: the tokens among which each response token was sampled, filled up with -1; None: all."""
 
     @property
     def responses(self) -> Tensor:
@@ -34,7 +40,21 @@ class Sequences:
         return self.tokens.shape[0]
 
     def rows(self, index: Tensor | slice) -> Sequences:
-        return Sequences(self.tokens[index], self.attention[index], self.prompt_length)
+        """Some of the rows, as wide as before."""
+        kept = None if self.kept is None else self.kept[index]
+        return replace(self, tokens=self.tokens[index], attention=self.attention[index], kept=kept)
+
+    def extent(self) -> tuple[int, int]:
+        """(first column with a token, longest response): what `cut` needs to drop the columns of padding alone."""
+        check_mask(self.mask)
+        first = int(self.attention.any(dim=0).int().argmax())
+        return min(first, self.prompt_length - 1), max(int(self.mask.sum(dim=1).max()), 1)
+
+    def cut(self, first: int, length: int) -> Sequences:
+        """Columns from `first` on, responses up to `length`."""
+        end = self.prompt_length + length
+        kept = None if self.kept is None else self.kept[:, :length]
+        return Sequences(self.tokens[:, first:end], self.attention[:, first:end], self.prompt_length - first, kept)
 
 
 @dataclass(frozen=True)
@@ -45,10 +65,17 @@ class Samples:
     logprobs: Tensor
     """[B, R] float32 under the law that sampled; 0 where nothing counts."""
     ended: Tensor
-    """[B] bool, True where the response ended by EOS and was not cut."""
+    """[B] bool, True where the response ended by EOS, a stop token or a stop string and was not cut."""
+    text_lengths: Tensor
+    """[B] int64: response tokens that are text, that is all but a final EOS or stop token."""
 
     def rows(self, index: Tensor | slice) -> Samples:
-        return Samples(self.sequences.rows(index), self.logprobs[index], self.ended[index])
+        """Some of the rows, without the columns that are padding in all of them."""
+        sequences = self.sequences.rows(index)
+        first, length = sequences.extent()
+        return Samples(
+            sequences.cut(first, length), self.logprobs[index, :length], self.ended[index], self.text_lengths[index]
+        )
 
 
 @dataclass(frozen=True)
@@ -75,10 +102,56 @@ class Rollout:
     def mask(self) -> Tensor:
         return self.sequences.mask
 
+    def __len__(self) -> int:
+        return len(self.sequences)
+
     def rows(self, index: Tensor) -> Rollout:
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        sequences: Sequences = parts.pop("sequences")
-        return Rollout(sequences.rows(index), **{name: tensor[index] for name, tensor in parts.items()})
+        """Some of the rows, as wide as before."""
+        return Rollout(self.sequences.rows(index), **{name: t[index] for name, t in self._tensors().items()})
+
+    def cut(self, first: int, length: int) -> Rollout:
+        """Columns from `first` on, responses up to `length`, as in `Sequences.cut`."""
+        tensors = {name: t[:, :length] if t.dim() == 2 else t for name, t in self._tensors().items()}
+        tensors["activations"] = self.activations[:, first : self.sequences.prompt_length + length]
+        return Rollout(self.sequences.cut(first, length), **tensors)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+
+    @staticmethod
+    def put_together(whole: Sequences, parts: Sequence[Rollout], order: Tensor) -> Rollout:
+        """The rollout of `whole` from cut parts, whose rows are those of `whole` in `order` [B]."""
+        back = order.argsort()
+
+        def column(name: str) -> Tensor:
+            return torch.cat([_widen(getattr(part, name), name, part.sequences, whole) for part in parts])[back]
+
+        names = [f.name for f in fields(Rollout) if f.name != "sequences"]
+        return Rollout(whole, **{name: column(name) for name in names})
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with its learning targets, all [B, R]. Fixed for all epochs."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> Experience:
+        """Some of the rows, without the columns that are padding in all of them."""
+        rollout = self.rollout.rows(index)
+        first, length = rollout.sequences.extent()
+        return Experience(rollout.cut(first, length), self.advantages[index, :length], self.returns[index, :length])
+
+
+def _widen(tensor: Tensor, name: str, part: Sequences, whole: Sequences) -> Tensor:
+    """A part's tensor with zeros in the columns that its cut left out."""
+    right = whole.responses.shape[1] - part.responses.shape[1]
+    if name == "activations":
+        left = whole.prompt_length - part.prompt_length
+        return fill(tensor, (*(0, 0) * (tensor.dim() - 2), left, right))
+    return fill(tensor, (0, right)) if tensor.dim() == 2 else tensor
 
 
 def pad_prompts(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ppo_core.checkpoint import load_plain, load_tensors, save_checkpoint, verify_checkpoint
+from ppo_core.diagnostics import over_cycle
 from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward
 from ppo_core.tokens import encode_prompt
 from ppo_core.trainer import Trainer
+from ppo_core.weights import install
 from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.fingerprint import environment, fingerprint
 from tasks.params import Params
@@ -116,13 +118,13 @@ class PPORun:
         trainer, cycle = self._ready(), len(self.records) + 1
         started = time.perf_counter()
         steps = tqdm(range(self.params.ppo.iterations), desc=f"cycle {cycle}", unit="iteration", disable=None)
-        stats = pd.DataFrame([trainer.step() for _ in steps]).mean()
+        stats = over_cycle([trainer.step() for _ in steps])
         trained = time.perf_counter()
         figures = compare(self.examiner.ask(trainer.model, "dev"), self.before)
         record: Record = {"cycle": cycle}
         record |= {f"dev/{name}": value for name, value in figures.items()}
         for name, value in stats.items():
-            record[f"{'time' if str(name).endswith('_s') else 'train'}/{name}"] = float(value)
+            record[f"{'time' if name.endswith(('_s', '_per_second')) else 'train'}/{name}"] = value
         record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
         _refuse_non_finite(record)
         self._save(trainer, record)
@@ -171,7 +173,7 @@ class PPORun:
             params, workspace = self.params, self.workspace
             base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
             reward_model = load_reward_model(workspace, base)
-            model = ActorCritic(base, params.ppo.model, reward_model)
+            model = ActorCritic(base, params.ppo.model, reward_model, seed=params.seed)
             reward = ModelReward(reward_model, model)
             self.examiner = Examiner(params, workspace, reward, tokenizer)
             # Asked before any state is loaded, the policy is the reference.
@@ -182,7 +184,7 @@ class PPORun:
                 _training_prompts(params, workspace, tokenizer, base.config),
                 params.ppo,
                 seed=params.seed,
-                eos=tokenizer.eos_token_id,
+                law=self.examiner.law,
                 pad=tokenizer.pad_token_id,
             )
             if self.records:
@@ -207,7 +209,7 @@ class PPORun:
         state = self._state_folder(cycle)
         shutil.rmtree(state, ignore_errors=True)  # a process killed between the two writes left it without its cycle
         save_checkpoint(state, {"tensors.safetensors": tensors}, {"plain.json": plain})
-        weights = {name: p.detach() for name, p in trainer.model.policy_weights().items()}
+        weights = trainer.model.trained_weights()
         save_checkpoint(self._cycle_folder(cycle), {WEIGHTS: weights}, {"record.json": record})
         for old in range(1, cycle - 1):
             shutil.rmtree(self._state_folder(old), ignore_errors=True)
@@ -248,9 +250,7 @@ class PPORun:
     def _write_policy(self, weights: Path) -> None:
         """Base model and trained weights as one transformers folder, in the dtype that sampled."""
         model = load_base(self.workspace, self.params.ppo.model.dtype)
-        trained = load_file(weights)
-        unknown = model.load_state_dict(trained, strict=False).unexpected_keys
-        assert not unknown, unknown
+        install(model, load_file(weights))
         beside = self.workspace.policy.with_name("policy.writing")
         shutil.rmtree(beside, ignore_errors=True)
         model.save_pretrained(beside)

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from ppo_core.decoder import load_causal_lm
+from ppo_core.law import SamplingLaw
 from ppo_core.masking import counted, masked_mean
 from ppo_core.models import ActorCritic
-from ppo_core.rollout import ModelReward, RewardFunction, score
+from ppo_core.rollout import ModelReward, RewardFunction, score_all
 from ppo_core.sampling import sample
 from ppo_core.seeds import derive
 from ppo_core.tokens import decode, encode_prompt
@@ -53,6 +54,7 @@ class Examiner:
 
     def __init__(self, params: Params, workspace: Workspace, reward: RewardFunction, tokenizer: Any) -> None:
         self.params, self.reward, self.tokenizer = params, reward, tokenizer
+        self.law = SamplingLaw.of(params.ppo.sampling, tokenizer)
         self.judge = Judge(workspace)
         self.source = workspace.prompts
         self.prompts = pd.read_parquet(self.source)
@@ -81,19 +83,12 @@ class Examiner:
     def _answer(
         self, model: ActorCritic, split: str, prompts: list[list[int]], rows: list[int]
     ) -> dict[str, np.ndarray]:
-        sampling = self.params.ppo.sampling
         seeds = [derive(self.params.seed, "examine", split, row) for row in rows]
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        samples = sample(model.sampler, model.policy_head, prompts, sampling, seeds, eos, pad)
-        size = self.params.ppo.update.micro_batch
-        parts = [
-            _figures(score(model, self.reward, samples.rows(slice(start, start + size)), sampling.temperature))
-            for start in range(0, len(prompts), size)
-        ]
-        figures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        samples = sample(model.sampler, model.policy_head, prompts, self.law, seeds, self.tokenizer.pad_token_id)
+        rollout = score_all(model, self.reward, samples, self.law, self.params.ppo.update.micro_batch)
         answers = zip(samples.sequences.responses, samples.sequences.mask, strict=True)
         texts = [decode(self.tokenizer, ids[mask].tolist()) for ids, mask in answers]
-        return figures | {"texts": np.array(texts, dtype=object)}
+        return _figures(rollout) | {"texts": np.array(texts, dtype=object)}
 
 
 def _figures(rollout: Rollout) -> dict[str, np.ndarray]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_policy
-from transformers import AutoModelForCausalLM, GraniteConfig
+from transformers import AutoModelForCausalLM
 
 from ppo_core.config import ModelConfig, PPOConfig, SamplingConfig
 from ppo_core.decoder import load_causal_lm, split, without_dropout
-from ppo_core.errors import ConfigError
+from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import token_logprobs
 from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward
@@ -23,7 +23,7 @@ from ppo_core.types import Rollout, Samples
 
 EOS = PAD = 2
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61], [1, 70, 71, 72, 73, 74]]
-MODES = [("top_layers", "shared"), ("top_layers", "separate"), ("full", "shared"), ("full", "separate")]
+MODES = [(trainable, critic) for trainable in ("top_layers", "lora", "full") for critic in ("shared", "separate")]
 
 
 def length_reward(samples: Samples, activations: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,8 @@ def config(trainable: str = "top_layers", critic: str = "shared", **update) -> P
     return PPOConfig.model_validate(
         {
             "rollout_size": 8,
-            "model": {"trainable": trainable, "top_layers": 2, "critic": critic, "dtype": "float32"},
+            "model": {"trainable": trainable, "top_layers": 2, "critic": critic, "dtype": "float32"}
+            | {"critic_start": "policy"},
             "sampling": {"max_new_tokens": 6, "temperature": 0.7},
             "update": {"epochs": 2, "minibatches": 2, "micro_batch": 2, "learning_rate": 1e-3} | update,
         }
@@ -51,12 +52,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(folder: Path, settings: PPOConfig, seed: int = 3) -> Trainer:
     torch.manual_seed(0)
     model = ActorCritic(load_causal_lm(folder, torch.float32), settings.model)
-    return Trainer(model, length_reward, PROMPTS, settings, seed=seed, eos=EOS, pad=PAD)
+    return Trainer(model, length_reward, PROMPTS, settings, seed=seed, law=law(settings.sampling), pad=PAD)
+
+
+def law(settings: SamplingConfig) -> SamplingLaw:
+    return SamplingLaw(settings, [EOS])
 
 
 def draw(model: ActorCritic, prompts: list[list[int]], **sampling) -> Samples:
     settings = SamplingConfig(max_new_tokens=8, **sampling)
-    return sample(model.sampler, model.policy_head, prompts, settings, range(len(prompts)), EOS, PAD)
+    return sample(model.sampler, model.policy_head, prompts, law(settings), range(len(prompts)), PAD)
 
 
 @pytest.mark.parametrize(("trainable", "critic"), MODES)
@@ -65,7 +70,7 @@ def test_sampled_logprobs_are_those_of_a_plain_forward(folder: Path, trainable: 
     samples = draw(model, PROMPTS, temperature=0.7)
     sequences = samples.sequences
     with torch.no_grad():
-        now = model.evaluate(model.activations(sequences), sequences, 0.7)
+        now = model.evaluate(model.activations(sequences), sequences, law(SamplingConfig(temperature=0.7)))
     torch.testing.assert_close(now.logprobs[sequences.mask], samples.logprobs[sequences.mask], atol=1e-5, rtol=0)
     # The independent oracle: transformers itself, each row alone, without padding.
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -82,7 +87,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(folder: Path):
     together = draw(model, PROMPTS).sequences
     for row, prompt in enumerate(PROMPTS):
         settings = SamplingConfig(max_new_tokens=8)
-        alone = sample(model.sampler, model.policy_head, [prompt], settings, [row], EOS, PAD).sequences
+        alone = sample(model.sampler, model.policy_head, [prompt], law(settings), [row], PAD).sequences
         kept = together.responses[row][together.mask[row]]
         assert alone.responses[0][alone.mask[0]].tolist() == kept.tolist()
 
@@ -106,7 +111,7 @@ def test_responses_stop_after_eos_and_keep_it(folder: Path):
             logits[..., EOS] = 100.0
             return logits
 
-    samples = sample(model.sampler, AlwaysEos(), PROMPTS, SamplingConfig(), range(4), EOS, PAD)
+    samples = sample(model.sampler, AlwaysEos(), PROMPTS, law(SamplingConfig()), range(4), PAD)
     assert samples.ended.all()
     assert samples.sequences.mask.sum(dim=1).tolist() == [1, 1, 1, 1]
     assert samples.sequences.responses[:, 0].tolist() == [EOS] * 4
@@ -130,7 +135,7 @@ def test_training_moves_the_policy_and_never_the_reference(folder: Path, trainab
     before = {name: p.clone() for name, p in model.policy_weights().items()}
     experience = t.estimate(t.roll_out())
     kept = experience.rollout.logprobs.clone(), experience.advantages.clone(), experience.returns.clone()
-    t.optimiser.update(experience, 0, 0)
+    t.optimiser.update(experience, seed=0, iteration=0, kl_coef=0.05)
     now = experience.rollout.logprobs, experience.advantages, experience.returns
     for old, new in zip(kept, now, strict=True):
         assert torch.equal(old, new)  # all epochs learn from the same targets
@@ -139,7 +144,7 @@ def test_training_moves_the_policy_and_never_the_reference(folder: Path, trainab
     assert all(not torch.equal(before[name], p) for name, p in model.policy_weights().items() if "embed" not in name)
     sequences = experience.rollout.sequences
     with torch.no_grad():
-        law = model.evaluate(model.activations(sequences), sequences, 0.7).logprobs
+        law = model.evaluate(model.activations(sequences), sequences, t.law).logprobs
     assert not torch.allclose(law, experience.rollout.ref_logprobs, atol=1e-4)
 
 
@@ -164,9 +169,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(folder: Path):
         t = trainer(folder, config(micro_batch=micro_batch))
         rollout = ragged(t.roll_out())
         experience = t.estimate(rollout)
-        for index in torch.arange(8).split(micro_batch):
-            t.optimiser._backward(experience.rows(index), rollout.mask.sum())
-            t.optimiser.weights.collect()
+        t.optimiser._gather(experience, torch.arange(8), 0.05, "")
         gradients.append(torch.cat([m.grad.flatten() for m in t.optimiser.weights.masters]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
@@ -191,7 +194,8 @@ def test_the_reward_model_reads_the_same_in_a_padded_batch_and_before_eos(folder
     sequences = samples.sequences
     last = sequences.prompt_length + sequences.mask.sum(dim=1) - 1
     sequences.tokens[0, last[0]] = EOS  # one ends, the others are cut
-    samples = replace(samples, ended=torch.tensor([True, False, False, False]))
+    lengths = sequences.mask.sum(dim=1) - torch.tensor([1, 0, 0, 0])
+    samples = replace(samples, ended=torch.tensor([True, False, False, False]), text_lengths=lengths)
     found = ModelReward(scorer, model)(samples, model.activations(sequences))
     texts = [tokens[mask].tolist() for tokens, mask in zip(sequences.tokens, sequences.attention, strict=True)]
     texts[0] = texts[0][:-1]
@@ -205,17 +209,15 @@ def test_dropout_in_the_configuration_is_switched_off(folder: Path):
     model.train()
     settings = config(learning_rate=1e-30, critic_learning_rate=1e-30)
     t = Trainer(
-        ActorCritic(without_dropout(model), settings.model), length_reward, PROMPTS, settings, seed=1, eos=2, pad=2
+        ActorCritic(without_dropout(model), settings.model),
+        length_reward,
+        PROMPTS,
+        settings,
+        seed=1,
+        law=law(settings.sampling),
+        pad=2,
     )
     assert t.step()["ratio"] == pytest.approx(1, abs=1e-4)
-
-
-def test_a_model_that_caps_its_logits_is_refused(folder: Path):
-    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    granite = AutoModelForCausalLM.from_config(GraniteConfig(**small, **heads, logits_scaling=8.0))
-    with pytest.raises(ConfigError, match="computes its logits"):
-        ActorCritic(granite.eval(), ModelConfig(trainable="full"))
 
 
 @pytest.mark.parametrize("kl_target", [None, 3.0])
@@ -256,7 +258,7 @@ def test_it_learns_what_is_rewarded(folder: Path, seed: int):
 def test_bfloat16_keeps_float32_masters(folder: Path):
     settings = config().model_copy(update={"model": ModelConfig(top_layers=2, dtype="bfloat16")})
     model = ActorCritic(load_causal_lm(folder, torch.bfloat16), settings.model)
-    t = Trainer(model, length_reward, PROMPTS, settings, seed=1, eos=EOS, pad=PAD)
+    t = Trainer(model, length_reward, PROMPTS, settings, seed=1, law=law(settings.sampling), pad=PAD)
     stats = t.step()
     assert stats["kl"] == 0  # scored by the same arithmetic as the reference
     assert all(m.dtype == torch.float32 for m in t.optimiser.weights.masters)

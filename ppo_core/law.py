@@ -1,0 +1,111 @@
+"""The law that samples: softmax(logits / T) over the tokens that top-k, top-p and the minimum length leave.
+
+What was left is recorded while sampling and used again in every log-probability afterwards, of the policy and of the
+reference: the sampled token's probability is then the one that it was drawn with, and the KL of two equal models is 0.
+Shapes: B batch, R response position, V vocabulary, K tokens of the largest kept set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ppo_core.config import SamplingConfig
+from ppo_core.errors import ConfigError
+
+
+class SamplingLaw:
+    """A `SamplingConfig` and the tokens that end a response."""
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        stop_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        """`stop_tokens` are ids, EOS among them; `decode` turns ids into text and is needed for stop strings alone."""
+        if config.stop_strings and decode is None:
+            raise ConfigError("cannot be seen in token ids", "ppo.sampling.stop_strings", "pass `decode`")
+        self.config, self.stop_tokens, self.decode = config, tuple(stop_tokens), decode
+        self.temperature = config.temperature
+        # A token has at least one byte, so a string of n bytes that ends in the last token lies in the last n tokens.
+        self._tail = max((len(text.encode()) for text in config.stop_strings), default=0)
+
+    @classmethod
+    def of(cls, config: SamplingConfig, tokenizer: Any) -> SamplingLaw:
+        """The law for a transformers tokenizer. Raises ConfigError for a stop token that it does not have."""
+        known = tokenizer.get_vocab()
+        if unknown := [text for text in config.stop_tokens if text not in known]:
+            raise ConfigError(
+                f"{unknown} are no tokens of this model", "ppo.sampling.stop_tokens", "use ppo.sampling.stop_strings"
+            )
+        tokens = [tokenizer.eos_token_id, *(known[text] for text in config.stop_tokens)]
+        return cls(config, tokens, tokenizer.decode)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether kept sets have to be recorded."""
+        return self.config.top_k is not None or self.config.top_p is not None
+
+    def at_step(self, logits: Tensor, t: int) -> Tensor:
+        """Logits [B, V] of response position `t` with -inf for what cannot be sampled there."""
+        if t < self.config.min_new_tokens:
+            logits = logits.index_fill(-1, torch.tensor(self.stop_tokens, device=logits.device), -math.inf)
+        if self.config.top_k is not None:
+            kept = logits.topk(min(self.config.top_k, logits.shape[-1])).indices
+            logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
+        if self.config.top_p is not None:
+            logits = logits.masked_fill(~_nucleus(logits / self.temperature, self.config.top_p), -math.inf)
+        return logits
+
+    def restricted(self, logits: Tensor, kept: Tensor | None) -> Tensor:
+        """Logits [B, R, V] of whole responses, from position 0, with -inf where the sampler had it.
+
+        `kept` [B, R, K] are the recorded sets, filled up with -1; None where nothing was recorded.
+        """
+        if kept is not None:
+            # One place more than there are tokens, for the filling.
+            allowed = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
+            allowed.scatter_(-1, torch.where(kept < 0, logits.shape[-1], kept), True)
+            # A position behind the response has no set; what stands there must only stay finite.
+            allowed |= (kept[..., :1] < 0) & torch.ones_like(allowed)
+            return logits.masked_fill(~allowed[..., :-1], -math.inf)
+        if self.config.min_new_tokens:
+            early = torch.arange(logits.shape[1], device=logits.device) < self.config.min_new_tokens
+            stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            stops[list(self.stop_tokens)] = True
+            return logits.masked_fill(early.unsqueeze(-1) & stops, -math.inf)
+        return logits
+
+    def ends(self, response: Sequence[int]) -> bool:
+        """Whether a response's last token completes a stop string."""
+        if not self._tail:
+            return False
+        assert self.decode is not None
+        text = self.decode(response[-self._tail :])
+        return any(stop in text for stop in self.config.stop_strings)
+
+
+def kept_set(logits: Tensor) -> Tensor:
+    """The tokens [B, k] that restricted logits [B, V] leave, each row filled up with -1 to the largest set."""
+    top = logits.topk(int((~logits.isneginf()).sum(dim=-1).max()))
+    return torch.where(top.values.isneginf(), -1, top.indices)
+
+
+def stack_sets(sets: Sequence[Tensor], steps: int) -> Tensor:
+    """The kept sets [B, k] of the first positions as [B, R, K] with R = `steps`: no set where nothing was sampled."""
+    widest = max(kept.shape[1] for kept in sets)
+    stacked = torch.stack([pad(kept, (0, widest - kept.shape[1]), value=-1) for kept in sets], dim=1)
+    return pad(stacked, (0, 0, 0, steps - len(sets)), value=-1)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The smallest set of likeliest tokens whose probability reaches `top_p`, [B, V] bool (Holtzman et al. 2020)."""
+    probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < top_p)
