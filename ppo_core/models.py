@@ -20,6 +20,7 @@ from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, share, split
 from ppo_core.errors import ConfigError
 from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
+from ppo_core.sampling import Sampler
 from ppo_core.scorers import RewardModel, ScoreHead
 from ppo_core.seeds import derive
 from ppo_core.types import Sequences
@@ -93,7 +94,7 @@ class ActorCritic(nn.Module):
         self.value_head = ValueHead(model.config.get_text_config().hidden_size)
         self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
         self._probe()
-        self.sampler = join(self.trunk, self.policy)
+        self.sampler = Sampler(self.trunk, self.policy)
         if config.gradient_checkpointing:
             for stack in self._trained_stacks():
                 stack.checkpoint_activations()

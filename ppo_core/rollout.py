@@ -85,9 +85,12 @@ def score_all(
 
 @torch.no_grad()
 def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: SamplingLaw) -> Rollout:
-    """All that is known of some responses: one trunk pass serves policy, reference, critic and reward model."""
+    """All that is known of some responses: one trunk pass serves policy, reference, critic and reward model.
+
+    That pass is the sampler's own, where it kept what the trunk said.
+    """
     sequences = samples.sequences
-    activations = model.activations(sequences)
+    activations = model.activations(sequences) if samples.activations is None else samples.activations
     policy = model.evaluate(activations, sequences, law)
     return Rollout(
         sequences=sequences,

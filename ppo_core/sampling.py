@@ -1,4 +1,4 @@
-"""Sampling responses. Shapes: B batch, P prompt, R response, V vocabulary."""
+"""Sampling responses. Shapes: B batch, P prompt, R response, T = P + R, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,16 +7,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as fill
 
-from ppo_core.decoder import takes_positions
+from ppo_core.decoder import Stack, takes_positions
 from ppo_core.law import SamplingLaw, kept_set, stack_sets
 from ppo_core.logprobs import token_logprobs
 from ppo_core.types import Samples, Sequences, pad_prompts
 
+LEAVING = 4
+"""Once one row in so many has ended, those that have leave the batch: each time costs a copy of the cache."""
+
+
+class Sampler:
+    """The stacks that a token passes through: a trunk whose output is worth keeping, if there is one, and the rest."""
+
+    def __init__(self, trunk: Stack | None, top: Stack) -> None:
+        self.trunk, self.top = trunk, top
+        decoder: Any = top.decoder
+        if trunk is not None:
+            # Each stack has a cache of its own, in which its layers count from 0.
+            for i, layer in enumerate(decoder.layers):
+                (getattr(layer, "self_attn", None) or layer.attention).layer_idx = i
+
+    def start(self) -> Decoding:
+        """A decoding of a new batch."""
+        return Decoding([stack.decoder for stack in (self.trunk, self.top) if stack is not None])
+
+
+class Decoding:
+    """A batch on its way: tokens in, hidden states out, keys and values of what came before in caches."""
+
+    def __init__(self, decoders: Sequence[Any]) -> None:
+        from transformers import DynamicCache
+
+        self.decoders = decoders
+        self.caches: list[Any] = [DynamicCache(config=decoder.config) for decoder in decoders]
+
+    def step(self, tokens: Tensor, attention: Tensor, positions: Tensor, trunk_only: bool = False) -> list[Tensor]:
+        """The output [B, t, D] of each stack for the newest tokens [B, t]; `attention` covers all tokens so far."""
+        outputs: list[Tensor] = []
+        for decoder, cache in zip(self.decoders[: 1 if trunk_only else None], self.caches, strict=False):
+            inputs: dict[str, Any] = {"inputs_embeds": outputs[-1]} if outputs else {"input_ids": tokens}
+            if takes_positions(decoder):
+                inputs["position_ids"] = positions
+            out = decoder(**inputs, attention_mask=attention.long(), past_key_values=cache, use_cache=True)
+            outputs.append(out.last_hidden_state)
+        return outputs
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
+
 
 @torch.no_grad()
 def sample(
-    decoder: Any,
+    sampler: Sampler,
     lm_head: Callable[[Tensor], Tensor],
     prompts: list[list[int]],
     law: SamplingLaw,
@@ -29,50 +75,85 @@ def sample(
     inverse of the distribution function: its sample does not depend on its neighbours, and two models given the same
     seeds draw with common random numbers.
     """
-    from transformers import DynamicCache
-
     tokens, attention = pad_prompts(prompts, pad)
-    steps = law.config.max_new_tokens
-    uniforms = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    stop_tokens = torch.tensor(law.stop_tokens)
-    cache: Any = DynamicCache(config=decoder.config)
-    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    with_positions = takes_positions(decoder)
-    responses = torch.full((len(prompts), steps), pad, dtype=torch.long)
-    mask = torch.zeros(len(prompts), steps, dtype=torch.bool)
-    logprobs = torch.zeros(len(prompts), steps)
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    stopped = torch.zeros(len(prompts), dtype=torch.bool)
-    kept: list[Tensor] = []
-    ids = tokens
-    for t in range(steps):
-        out = decoder(
-            input_ids=ids,
-            attention_mask=torch.cat([attention, mask[:, :t]], dim=1).long(),
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": positions} if with_positions else {}),
-        )
-        logits = law.at_step(lm_head(out.last_hidden_state[:, -1]).float(), t)
-        drawn = inverse_cdf(logits / law.temperature, uniforms[:, t])
-        logprobs[:, t] = torch.where(running, token_logprobs(logits, drawn, law.temperature), 0.0)
-        responses[:, t] = torch.where(running, drawn, pad)
-        mask[:, t] = running
-        if law.truncates:
-            kept.append(torch.where(running.unsqueeze(1), kept_set(logits), -1))
-        stopped |= running & torch.isin(drawn, stop_tokens)
-        running = running & ~stopped & ~_completes_a_string(law, responses[:, : t + 1], running)
-        if not running.any():
+    draws = [torch.rand(law.config.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniforms = torch.stack(draws)
+    record = _Record(len(prompts), law, pad)
+    decoding, rows = sampler.start(), torch.arange(len(prompts))
+    ids, positions = tokens, (attention.cumsum(dim=1) - 1).clamp(min=0)
+    for t in range(law.config.max_new_tokens):
+        *trunk, hidden = decoding.step(ids, torch.cat([attention, record.mask[:, :t]], dim=1)[rows], positions)
+        record.take_activations(trunk, rows)
+        logits = law.at_step(lm_head(hidden[:, -1]).float(), t)
+        drawn = inverse_cdf(logits / law.temperature, uniforms[rows, t])
+        alive = record.running[rows]
+        record.take(t, rows, drawn, logits)
+        positions = positions[:, -1:] + 1
+        # The last token of a row that has just ended passes through the trunk once more; then the row may leave.
+        if alive.any() and (~alive).sum() * LEAVING >= len(rows):
+            decoding.keep(alive.nonzero().squeeze(1))
+            rows, positions = rows[alive], positions[alive]
+        ids = record.responses[rows, t : t + 1]
+        if not record.running.any():
             break
-        # A row that has ended goes on as padding, seen by nobody.
-        ids, positions = responses[:, t : t + 1], positions[:, -1:] + 1
-    sequences = Sequences(
-        torch.cat([tokens, responses], 1),
-        torch.cat([attention, mask], 1),
-        tokens.shape[1],
-        stack_sets(kept, steps) if kept else None,
-    )
-    return Samples(sequences, logprobs, ended=~running, text_lengths=mask.sum(dim=1) - stopped.long())
+    if sampler.trunk is not None:
+        seen = torch.cat([attention, record.mask[:, : t + 1]], dim=1)[rows]
+        record.take_activations(decoding.step(ids, seen, positions, trunk_only=True), rows)
+    return record.samples(tokens, attention)
+
+
+class _Record:
+    """What is written down of a batch while it is sampled."""
+
+    def __init__(self, size: int, law: SamplingLaw, pad: int) -> None:
+        steps = law.config.max_new_tokens
+        self.law, self.stop_tokens = law, torch.tensor(law.stop_tokens)
+        self.responses = torch.full((size, steps), pad, dtype=torch.long)
+        self.mask = torch.zeros(size, steps, dtype=torch.bool)
+        self.logprobs = torch.zeros(size, steps)
+        self.running = torch.ones(size, dtype=torch.bool)
+        self.stopped = torch.zeros(size, dtype=torch.bool)
+        """By EOS or a stop token."""
+        self.kept: list[Tensor] = []
+        self.activations: list[Tensor] = []
+
+    def take(self, t: int, rows: Tensor, drawn: Tensor, logits: Tensor) -> None:
+        """The tokens [b] drawn at position `t` for `rows` [b], from restricted logits [b, V]."""
+        alive = self.running[rows]
+        live = rows[alive]
+        self.mask[:, t] = self.running
+        self.responses[live, t] = drawn[alive]
+        self.logprobs[live, t] = token_logprobs(logits, drawn, self.law.temperature)[alive]
+        if self.law.truncates:
+            sets = kept_set(logits)
+            self.kept.append(torch.full((len(self.running), sets.shape[1]), -1).index_put((live,), sets[alive]))
+        self.stopped[live] = torch.isin(drawn[alive], self.stop_tokens)
+        self.running = self.running & ~self.stopped
+        if self.law.config.stop_strings:
+            for row in self.running.nonzero().squeeze(1).tolist():
+                self.running[row] = not self.law.ends(self.responses[row, : t + 1].tolist())
+
+    def take_activations(self, trunk: Sequence[Tensor], rows: Tensor) -> None:
+        """The trunk's output [b, t, D] for the newest tokens of `rows`; nothing where there is no trunk."""
+        for hidden in trunk:
+            whole = hidden.new_zeros(len(self.running), *hidden.shape[1:])
+            self.activations.append(whole.index_put((rows,), hidden))
+
+    def samples(self, tokens: Tensor, attention: Tensor) -> Samples:
+        """The record as a whole, behind prompts [B, P]."""
+        steps, p = self.responses.shape[1], tokens.shape[1]
+        sequences = Sequences(
+            torch.cat([tokens, self.responses], 1),
+            torch.cat([attention, self.mask], 1),
+            p,
+            stack_sets(self.kept, steps) if self.kept else None,
+        )
+        activations = None
+        if self.activations:
+            seen = torch.cat(self.activations, dim=1)
+            activations = fill(seen, (0, 0, 0, p + steps - seen.shape[1]))
+        text = self.mask.sum(dim=1) - self.stopped.long()
+        return Samples(sequences, self.logprobs, ended=~self.running, text_lengths=text, activations=activations)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -82,11 +163,3 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     # The last sum is 1 only up to rounding. What is below it is exceeded, and first by a token that has probability.
     threshold = (uniforms.unsqueeze(1) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-def _completes_a_string(law: SamplingLaw, responses: Tensor, running: Tensor) -> Tensor:
-    """Rows [B] whose response, in `responses` [B, t + 1], has just completed a stop string."""
-    if not law.config.stop_strings:
-        return torch.zeros_like(running)
-    rows = zip(responses.tolist(), running.tolist(), strict=True)
-    return torch.tensor([alive and law.ends(ids) for ids, alive in rows])

@@ -68,13 +68,23 @@ class Samples:
     """[B] bool, True where the response ended by EOS, a stop token or a stop string and was not cut."""
     text_lengths: Tensor
     """[B] int64: response tokens that are text, that is all but a final EOS or stop token."""
+    activations: Tensor | None = None
+    """[B, T, D]: what the shared trunk said of the tokens while they were sampled; 0 where nothing counts, and for a
+    last token that is no text. None where there is no trunk."""
 
     def rows(self, index: Tensor | slice) -> Samples:
         """Some of the rows, without the columns that are padding in all of them."""
         sequences = self.sequences.rows(index)
         first, length = sequences.extent()
+        activations = self.activations
+        if activations is not None:
+            activations = activations[index, first : sequences.prompt_length + length]
         return Samples(
-            sequences.cut(first, length), self.logprobs[index, :length], self.ended[index], self.text_lengths[index]
+            sequences.cut(first, length),
+            self.logprobs[index, :length],
+            self.ended[index],
+            self.text_lengths[index],
+            activations,
         )
 
 

@@ -158,7 +158,7 @@ def test_trained_weights_are_named_as_in_transformers(folder: Path, trainable: s
     tokens = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         expected = plain(tokens).logits
-        ours = t.model.policy_head(t.model.sampler(input_ids=tokens).last_hidden_state)
+        ours = t.model.policy_head(t.model.sampler.start().step(tokens, tokens > 0, torch.arange(4).unsqueeze(0))[-1])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
