@@ -48,8 +48,9 @@ class ModelConfig(Section):
     critic_start: Literal["reward_model", "policy"] = "reward_model"
     """What a separate critic starts as: the reward model, read-out included (it must have as many own layers as
     `top_layers`), or the policy with a value head of zeros."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Arithmetic of forward and backward passes. Trained weights keep float32 masters either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of forward and backward passes; `auto` is bfloat16 where the processor has instructions for it, else
+    float32. Trained weights keep float32 masters either way."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
 

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def arithmetic(name: str) -> torch.dtype:
+    """The dtype that `ModelConfig.dtype` names; for "auto", what this machine is fast in, said once in the log."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    features = torch.cpu.get_capabilities()
+    native = next((f for f in ("amx_bf16", "avx512_bf16", "bf16") if features.get(f)), None)
+    if native:
+        log.info("arithmetic in bfloat16, with float32 masters: this processor has %s", native)
+        return torch.bfloat16
+    log.info("arithmetic in float32: this processor has no bfloat16 instructions, and would have to emulate them")
+    return torch.float32
+
 
 
 class MasterWeights:
