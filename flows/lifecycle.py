@@ -21,7 +21,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Crashed
 
 from flows.gpu import LEASE
-from tasks.run_tags import is_alive, is_here, process_tags
+from tasks.processes import is_alive, is_here, process_tags
 
 CANCEL_POLL_SECONDS = 3.0
 _OPEN = {"any_": [StateType.RUNNING, StateType.CANCELLING]}

@@ -1,17 +1,11 @@
-"""What MLflow is told of a run, in its own words: flat parameters and figures, the code, the process that writes."""
+"""What MLflow is told of a run, in its own words: flat parameters and figures, the code."""
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import psutil  # type: ignore[import-untyped]
-
-HOST, PID, STARTED = "proximal.host", "proximal.pid", "proximal.process_started"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -38,25 +32,6 @@ def git_tags(root: Path) -> dict[str, str]:
     results = (":!metrics", ":!plots", ":!dvc.lock")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(bool(changes)).lower()} if commit else {}
-
-
-def process_tags() -> dict[str, str]:
-    """Who is writing: host, process, and when that began, which tells it from a later one of the same number."""
-    return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: str(psutil.Process().create_time())}
-
-
-def is_here(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags belongs to this machine; of other machines nothing can be known."""
-    return tags.get(HOST) == socket.gethostname()
-
-
-def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags, on this machine, still runs."""
-    try:
-        began: float = psutil.Process(int(tags[PID])).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    return abs(began - float(tags[STARTED])) < 2
 
 
 def _git(root: Path, *command: str) -> str:

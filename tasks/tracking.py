@@ -28,7 +28,8 @@ from ppo_core.checkpoint import sha256
 from tasks import registry
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
-from tasks.run_tags import HOST, PID, flatten, git_tags, is_alive, is_here, numbers, process_tags
+from tasks.processes import HOST, PID, is_alive, is_here, process_tags
+from tasks.run_tags import flatten, git_tags, numbers
 from tasks.workspace import Workspace
 
 EXPERIMENT = "alignment"

@@ -18,14 +18,13 @@ from uuid import UUID
 
 import httpx
 import prefect
-import psutil
 import pytest
 import tiny
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
-from waiting import eventually
+from waiting import eventually, has_ended
 
 from flows import align as command
 from flows import artifacts, closing, gpu, lifecycle, pipeline, serve, server, ui
@@ -97,7 +96,7 @@ def test_a_leashed_process_ends_with_the_one_that_started_it(tmp_path: Path) -> 
     child = int(eventually(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
     parent.kill()
     parent.wait()
-    assert eventually(lambda: not psutil.pid_exists(child))
+    assert eventually(lambda: has_ended(child))
 
 
 def test_a_configured_server_that_is_away_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

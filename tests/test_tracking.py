@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -20,12 +21,13 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from stores import new_store
 from tiny import tiny_params, tiny_policy
+from waiting import eventually, has_ended
 
 from tasks import tracking
 from tasks.cycle_model import load_policy
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, check_params
-from tasks.run_tags import HOST, PID, STARTED
+from tasks.processes import HOST, PID, STARTED
 from tasks.tracking import Tracker, record_exists
 from tasks.workspace import Workspace
 
@@ -208,13 +210,20 @@ def test_stage_figures_are_flat_and_recorded_once(home: Workspace, params: Param
     ]
 
 
-def test_a_run_left_open_by_a_dead_process_is_closed(home: Workspace, params: Params) -> None:
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_run_left_open_by_a_dead_process_is_closed(home: Workspace, params: Params, reaped: bool) -> None:
+    """Also where nobody has asked how the process ended, which leaves it as a zombie."""
     tracker = Tracker.open(home, "a" * 64, params)
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    tracker.client.set_tag(tracker.run_id, PID, str(process.pid))
-    with Tracker.open(home, "b" * 64, params) as other:
-        assert other.client.get_run(tracker.run_id).info.status == "KILLED"
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        tracker.client.set_tag(tracker.run_id, PID, str(process.pid))
+        tracker.client.set_tag(tracker.run_id, STARTED, str(psutil.Process(process.pid).create_time()))
+        process.stdin.close()
+        assert eventually(lambda: has_ended(process.pid))
+        if reaped:
+            process.wait()
+        with Tracker.open(home, "b" * 64, params) as other:
+            assert other.client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 def test_a_later_process_of_the_same_number_is_another(home: Workspace, params: Params) -> None:
@@ -226,8 +235,6 @@ def test_a_later_process_of_the_same_number_is_another(home: Workspace, params: 
 
 
 def test_a_run_that_a_living_process_writes_is_locked(home: Workspace, params: Params) -> None:
-    import psutil
-
     tracker = Tracker.open(home, "a" * 64, params)
     parent = psutil.Process().parent()
     tracker.client.set_tag(tracker.run_id, PID, str(parent.pid))
