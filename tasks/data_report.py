@@ -27,8 +27,8 @@ EXCERPT = 160
 Table = tuple[Sequence[str], list[list[object]]]
 
 
-def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: dict[str, Any]) -> str:
-    """Write report.html, report.md and the pictures; give the Markdown with the pictures inside.
+def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: dict[str, Any]) -> None:
+    """Write report.html, report.md and the pictures.
 
     `tables` and `figures` are empty if the schema did not hold: the report then says only that.
     """
@@ -38,9 +38,7 @@ def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: di
         (folder / f"{name}.svg").write_bytes(pages.svg(picture))
     page = pages.page(TITLE, LEAD, _html(findings, tables, figures, pictures))
     (folder / "report.html").write_text(page, encoding="utf-8")
-    markdown = _markdown(findings, tables, figures)
-    (folder / "report.md").write_text(markdown, encoding="utf-8")
-    return pages.embed_pictures(markdown, folder)
+    (folder / "report.md").write_text(_markdown(findings, tables, figures), encoding="utf-8")
 
 
 def _html(

@@ -158,10 +158,11 @@ def markdown_text(text: str) -> str:
 
 
 def embed_pictures(markdown: str, folder: Path) -> str:
-    """Markdown with the pictures that it names in `folder` put inside it, for where files cannot follow."""
+    """Markdown with the pictures that lie in `folder` put inside it, for where files cannot follow."""
 
     def inside(match: re.Match[str]) -> str:
-        return f"]({_data_uri((folder / match[1]).read_bytes())})"
+        picture = folder / match[1]
+        return f"]({_data_uri(picture.read_bytes())})" if picture.is_file() else match[0]
 
     return re.sub(r"\]\(([\w-]+\.svg)\)", inside, markdown)
 

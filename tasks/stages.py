@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import DataError, ResourceError
@@ -28,8 +28,6 @@ class StageResult:
 
     metrics: dict[str, Any]
     summary: str
-    details: dict[str, Any] = field(default_factory=dict)
-    """For the caller in this process only: what a flow turns into artifacts."""
 
 
 def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:

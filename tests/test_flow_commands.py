@@ -27,7 +27,7 @@ from rich.console import Console
 from waiting import eventually, has_ended
 
 from flows import align as command
-from flows import artifacts, closing, gpu, lifecycle, pipeline, serve, server, ui
+from flows import closing, gpu, lifecycle, pipeline, serve, server, ui
 from flows.leash import leashed
 from tasks.errors import ResourceError, ServiceError
 from tasks.params import dump_params, load_params
@@ -161,13 +161,6 @@ def test_prefect_yaml_names_what_there_is() -> None:
     (deployment,) = deployments["deployments"]
     assert deployment["entrypoint"] == f"{pipeline.__name__}.{pipeline.align.fn.__name__}"
     assert set(deployment["parameters"]) <= set(pipeline.align.parameters.properties)
-
-
-def test_pictures_travel_inside_the_markdown(tmp_path: Path) -> None:
-    (tmp_path / "a.svg").write_bytes(b"<svg/>")
-    text = "![curve](a.svg) ![web](https://x/y.png) ![gone](b.png)"
-    shown = artifacts.with_pictures(text, tmp_path)
-    assert shown == "![curve](data:image/svg+xml;base64,PHN2Zy8+) ![web](https://x/y.png) ![gone](b.png)"
 
 
 def test_the_last_screen_says_what_improved_and_where_to_look(tmp_path: Path) -> None:
