@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.workspace import SMALL_RESULTS
+
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted.key, leaf) of nested mappings and lists; an empty one is a leaf."""
@@ -26,12 +28,22 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """The commit of the checkout and whether files differ from it; empty where there is no repository."""
-    commit = _git(root, "rev-parse", "HEAD")
-    # Results that git holds change with every run, which says nothing of the code.
-    results = (":!metrics", ":!plots", ":!dvc.lock")
+    """The commit of the checkout and whether files differ from it; empty where there is no commit."""
+    if (found := git_commit(root)) is None:
+        return {}
+    commit, changed = found
+    return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(changed).lower()}
+
+
+def git_commit(root: Path) -> tuple[str, bool] | None:
+    """The commit of the checkout and whether tracked files differ from it; None where there is no commit.
+
+    Results that git holds do not count: they change with every run, which says nothing of the code.
+    """
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    results = (f":!{name}" for name in SMALL_RESULTS)
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
-    return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(bool(changes)).lower()} if commit else {}
+    return (commit, bool(changes)) if commit else None
 
 
 def _git(root: Path, *command: str) -> str:
