@@ -19,6 +19,10 @@ from tasks import environment
 environment.prepare()
 
 import pytest  # noqa: E402
+
+# Helpers with fixtures that test modules import before pytest does.
+pytest.register_assert_rewrite("scratch", "stores")
+
 import tiny  # noqa: E402
 
 from tasks.params import Params, load_params  # noqa: E402
