@@ -5,6 +5,7 @@ Stages, DVC and the training run are stood in for: what they do is tested elsewh
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -207,6 +208,16 @@ def test_only_services_are_asked_again(
         (f"ppo cycle {n}", state) for n, state in ((1, "Completed"), (2, "Failed"), (2, "Completed"), (3, "Completed"))
     ]
     assert slots(client) == 0
+
+
+def test_a_full_disk_in_training_is_told_for_people(
+    stages: Stages, place: Workspace, client: SyncPrefectClient
+) -> None:
+    """The flow runs ppo cycle by cycle, not through `run_stage`."""
+    stages.errors["cycle 2"] = [OSError(errno.ENOSPC, "No space left on device", "models/policy")]
+    with pytest.raises(ResourceError, match=r"models/policy — the disk is full"):
+        pipeline.align(None, str(place.root))
+    assert run_of(client, place).state_name == "Failed"
 
 
 def test_a_bug_is_told_with_its_traceback(
