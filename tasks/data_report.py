@@ -134,7 +134,11 @@ def _examples(pairs: pd.DataFrame) -> Table:
     ordered = pairs.sort_values(["margin", "pair_id"], ascending=[False, True], ignore_index=True)
     picked = ordered.iloc[sorted({0, 1, len(ordered) // 2, len(ordered) - 2, len(ordered) - 1} & set(ordered.index))]
     return ["margin", "target", "prompt", "chosen", "rejected"], [
-        [row["margin"], row["target"], *(_excerpt(str(row[text])) for text in ("prompt", "chosen", "rejected"))]
+        [
+            row["margin"],
+            row["target"],
+            *(pages.excerpt(str(row[text]), EXCERPT) for text in ("prompt", "chosen", "rejected")),
+        ]
         for row in picked.to_dict("records")
     ]
 
@@ -194,11 +198,7 @@ def _state(finding: Finding) -> Markup:
 
 
 def _places(finding: Finding) -> str:
-    return "\n".join(f"{example.place} — {_excerpt(example.value)}" for example in finding.examples)
-
-
-def _excerpt(text: str) -> str:
-    return text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…"
+    return "\n".join(f"{example.place} — {pages.excerpt(example.value, EXCERPT)}" for example in finding.examples)
 
 
 def _count(number: int, what: str) -> str:

@@ -167,6 +167,11 @@ def embed_pictures(markdown: str, folder: Path) -> str:
     return re.sub(r"\]\(([\w-]+\.svg)\)", inside, markdown)
 
 
+def excerpt(text: str, limit: int) -> str:
+    """The text, or as much of its beginning as fits into `limit` characters with the sign that there was more."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def show(value: object) -> str:
     """A value for a person: 12,345 and 0.123, about three digits, alike down a column; a missing one is a dash."""
     if value is None or (isinstance(value, Real) and math.isnan(value)):

@@ -277,7 +277,7 @@ def _turns(prompt: str) -> str:
 def _shown(text: str) -> str:
     # Every kind of line end becomes the one that the page and the Markdown know.
     text = "\n".join(text.strip().splitlines())
-    return (text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…") or "(empty)"
+    return pages.excerpt(text, EXCERPT) or "(empty)"
 
 
 def _difference(metrics: dict[str, Any], key: str) -> str:

@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_names_the_holder() -> None:
     with socket.socket() as holder:
         holder.bind((server.HOST, 0))
         holder.listen()
-        taken = ui.Dashboard("MLflow", f"http://{server.HOST}:{holder.getsockname()[1]}", "/health", ["mlflow"])
+        taken = ui.Dashboard("MLflow", f"http://{server.HOST}:{holder.getsockname()[1]}", "", ["mlflow"])
         with pytest.raises(ResourceError, match=rf"process {os.getpid()}.*--mlflow-port"):
             ui._check(taken)
 
