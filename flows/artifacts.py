@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import mimetypes
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from flows.server import HOST, MLFLOW_PORT
+from tasks.pages import embed_pictures
 from tasks.workspace import Workspace
 
 REPORTS = {
@@ -51,7 +48,9 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
     if stage in REPORTS and report.is_file() and report.stat().st_mtime >= since:
         key, description = REPORTS[stage]
         description += f". As a page: `{report.with_suffix('.html')}`"
-        create_markdown_artifact(with_pictures(report.read_text(encoding="utf-8"), report.parent), key, description)
+        # The UI cannot read files of this machine.
+        markdown = embed_pictures(report.read_text(encoding="utf-8"), report.parent)
+        create_markdown_artifact(markdown, key, description)
 
 
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
@@ -65,19 +64,6 @@ def publish_run_link(run_id: str, workspace: Workspace) -> None:
     create_link_artifact(
         link, "the run in MLflow", "mlflow-run", "Parameters, curves and models (while `make ui` runs)"
     )
-
-
-def with_pictures(markdown: str, folder: Path) -> str:
-    """`![alt](file)` with the file's content in its place: the UI cannot read files of this machine."""
-
-    def inline(found: re.Match[str]) -> str:
-        picture = folder / found[2]
-        kind = mimetypes.guess_type(picture)[0]
-        if kind is None or not picture.is_file():
-            return found[0]
-        return f"![{found[1]}](data:{kind};base64,{base64.b64encode(picture.read_bytes()).decode()})"
-
-    return re.sub(r"!\[([^\]]*)\]\(([^):]+)\)", inline, markdown)
 
 
 class LiveCycles:

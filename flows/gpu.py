@@ -7,7 +7,6 @@ so that the slot of a run that was killed is freed by the next one instead of by
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import threading
 import time
@@ -20,6 +19,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
+
+from flows.background import meanwhile
 
 SLOT = "gpu"
 LEASE = "proximal.gpu_lease"
@@ -49,16 +50,10 @@ def gpu_slot() -> Iterator[None]:
     with get_client(sync_client=True) as client:
         slot = _Slot(client)
         slot.take()
-        ended = threading.Event()
-        # The thread sees the settings and the run that this code sees, so that what it logs reaches the run's log.
-        context = contextvars.copy_context()
-        keeper = threading.Thread(target=context.run, args=(_keep, slot, ended), name="gpu slot", daemon=True)
-        keeper.start()
         try:
-            yield
+            with meanwhile("gpu slot", slot.keep):
+                yield
         finally:
-            ended.set()
-            keeper.join(timeout=RENEW_SECONDS)
             slot.give_back()
 
 
@@ -92,6 +87,11 @@ class _Slot:
         self._note(str(self.lease))
         return True
 
+    def keep(self, ended: threading.Event) -> None:
+        """Renew the lease again and again until `ended`."""
+        while not ended.wait(RENEW_SECONDS):
+            self.renew()
+
     def renew(self) -> None:
         """Make the lease last, or take another in its place. Where neither works, say so and try again later."""
         assert self.lease is not None
@@ -115,8 +115,3 @@ class _Slot:
 
     def _note(self, lease: str) -> None:
         self.client.update_flow_run_labels(UUID(flow_run.id), {LEASE: lease})
-
-
-def _keep(slot: _Slot, ended: threading.Event) -> None:
-    while not ended.wait(RENEW_SECONDS):
-        slot.renew()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from uuid import UUID
 
 import httpx
@@ -20,8 +20,9 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Crashed
 
+from flows.background import meanwhile
 from flows.gpu import LEASE
-from tasks.run_tags import is_alive, is_here, process_tags
+from tasks.processes import is_alive, is_here, process_tags
 
 CANCEL_POLL_SECONDS = 3.0
 _OPEN = {"any_": [StateType.RUNNING, StateType.CANCELLING]}
@@ -38,7 +39,8 @@ def own_run() -> Iterator[None]:
     run_id = UUID(runtime.flow_run.id)
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(run_id, {**process_tags()})
-    with signals_arrive(), nullcontext() if runtime.deployment.id else _cancellable(run_id):
+    watching = nullcontext() if runtime.deployment.id else meanwhile("cancel", partial(_end_if_cancelled, run_id))
+    with signals_arrive(), watching:
         yield
 
 
@@ -92,20 +94,8 @@ def _close(client: SyncPrefectClient, run: FlowRun) -> None:
     log.info("flow run %s was left open by a process that died; marked Crashed", run.name)
 
 
-@contextmanager
-def _cancellable(run_id: UUID) -> Iterator[None]:
+def _end_if_cancelled(run_id: UUID, ended: threading.Event) -> None:
     """Let `Cancel` in the UI end a run that was started by hand, as SIGTERM would."""
-    ended = threading.Event()
-    context = contextvars.copy_context()
-    watcher = threading.Thread(target=context.run, args=(_watch, run_id, ended), name="cancel", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-def _watch(run_id: UUID, ended: threading.Event) -> None:
     with get_client(sync_client=True) as client:
         while not ended.wait(CANCEL_POLL_SECONDS):
             try:

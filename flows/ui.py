@@ -34,15 +34,13 @@ class Dashboard:
 
     name: str
     url: str
-    health: str
+    api: str
+    """Path below which `/health` answers."""
     command: list[str] = field(default_factory=list)
     env: Mapping[str, str] = field(default_factory=dict)
 
     def is_up(self) -> bool:
-        try:
-            return httpx.get(self.url + self.health, timeout=2).is_success
-        except httpx.HTTPError:
-            return False
+        return server.is_healthy(self.url + self.api)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,18 +89,18 @@ def _dashboards(workspace: Workspace, prefect_port: int, mlflow_port: int) -> li
     from tasks.tracking import tracking_uri  # MLflow takes seconds to import
 
     if configured := get_current_settings().api.url:
-        prefect = Dashboard("Prefect", configured.rstrip("/").removesuffix("/api"), "/api/health")
+        prefect = Dashboard("Prefect", configured.rstrip("/").removesuffix("/api"), "/api")
     else:
         command, env = server.prefect_command(prefect_port), server.prefect_environment(prefect_port)
-        prefect = Dashboard("Prefect", f"http://{server.HOST}:{prefect_port}", "/api/health", command, env)
+        prefect = Dashboard("Prefect", f"http://{server.HOST}:{prefect_port}", "/api", command, env)
     store = tracking_uri(workspace)
     if store.startswith(("http://", "https://")):
-        return [prefect, Dashboard("MLflow", store.rstrip("/"), "/health")]
+        return [prefect, Dashboard("MLflow", store.rstrip("/"), "")]
     artifacts = (workspace.main_root / "mlartifacts").as_uri()
     options = ["--host", server.HOST, "--port", str(mlflow_port), "--workers", "1"]
     stores = ["--backend-store-uri", store, "--artifacts-destination", artifacts]
     command = [sys.executable, "-m", "mlflow", "server", *options, *stores]
-    return [prefect, Dashboard("MLflow", f"http://{server.HOST}:{mlflow_port}", "/health", command)]
+    return [prefect, Dashboard("MLflow", f"http://{server.HOST}:{mlflow_port}", "", command)]
 
 
 def _links(prefect: str, mlflow: str) -> Iterator[tuple[str, str]]:

@@ -11,9 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from tasks import environment
 from tasks.errors import ProximalError
 from tasks.params import load_params
+from tasks.processes import caller, is_running
 from tasks.stages import STAGES, run_stage
 from tasks.workspace import Workspace
 from tasks.workspace_lock import workspace_lock
@@ -52,11 +55,11 @@ def _end_cleanly() -> None:
     """SIGTERM unwinds the stage, so that its record is closed. DVC passes no signal on: its stage ends when it does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(caller(),), daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
+def _end_with(process: psutil.Process | None) -> None:
+    while process is not None and is_running(process):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 

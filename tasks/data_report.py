@@ -27,8 +27,8 @@ EXCERPT = 160
 Table = tuple[Sequence[str], list[list[object]]]
 
 
-def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: dict[str, Any]) -> str:
-    """Write report.html, report.md and the pictures; give the Markdown with the pictures inside.
+def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: dict[str, Any]) -> None:
+    """Write report.html, report.md and the pictures.
 
     `tables` and `figures` are empty if the schema did not hold: the report then says only that.
     """
@@ -38,9 +38,7 @@ def write(folder: Path, findings: Sequence[Finding], tables: Tables, figures: di
         (folder / f"{name}.svg").write_bytes(pages.svg(picture))
     page = pages.page(TITLE, LEAD, _html(findings, tables, figures, pictures))
     (folder / "report.html").write_text(page, encoding="utf-8")
-    markdown = _markdown(findings, tables, figures)
-    (folder / "report.md").write_text(markdown, encoding="utf-8")
-    return pages.embed_pictures(markdown, folder)
+    (folder / "report.md").write_text(_markdown(findings, tables, figures), encoding="utf-8")
 
 
 def _html(
@@ -136,7 +134,11 @@ def _examples(pairs: pd.DataFrame) -> Table:
     ordered = pairs.sort_values(["margin", "pair_id"], ascending=[False, True], ignore_index=True)
     picked = ordered.iloc[sorted({0, 1, len(ordered) // 2, len(ordered) - 2, len(ordered) - 1} & set(ordered.index))]
     return ["margin", "target", "prompt", "chosen", "rejected"], [
-        [row["margin"], row["target"], *(_excerpt(str(row[text])) for text in ("prompt", "chosen", "rejected"))]
+        [
+            row["margin"],
+            row["target"],
+            *(pages.excerpt(str(row[text]), EXCERPT) for text in ("prompt", "chosen", "rejected")),
+        ]
         for row in picked.to_dict("records")
     ]
 
@@ -196,11 +198,7 @@ def _state(finding: Finding) -> Markup:
 
 
 def _places(finding: Finding) -> str:
-    return "\n".join(f"{example.place} — {_excerpt(example.value)}" for example in finding.examples)
-
-
-def _excerpt(text: str) -> str:
-    return text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…"
+    return "\n".join(f"{example.place} — {pages.excerpt(example.value, EXCERPT)}" for example in finding.examples)
 
 
 def _count(number: int, what: str) -> str:

@@ -58,9 +58,9 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         metrics = measure(policy, reference, params.evaluate.bootstrap, derive(params.seed, "evaluate"))
         metrics |= {"mlflow_run_id": tracker.run_id}
         evaluation = report.Evaluation(metrics, ppo, cycles, samples(policy, reference), policy, reference)
-        markdown = _write(evaluation, params, workspace)
+        _write(evaluation, params, workspace)
         tracker.log_stage("evaluate", metrics, workspace.report("evaluate"))
-    return StageResult(metrics, report.verdict(metrics)[1], {"markdown": markdown})
+    return StageResult(metrics, report.verdict(metrics)[1])
 
 
 def measure(policy: Responses, reference: Responses, resamples: int, seed: int) -> dict[str, Any]:
@@ -147,18 +147,17 @@ def _training(workspace: Workspace) -> tuple[dict[str, Any], pd.DataFrame]:
     return json.loads(metrics.read_text(encoding="utf-8")), pd.read_csv(curves)
 
 
-def _write(evaluation: report.Evaluation, params: Params, workspace: Workspace) -> str:
-    """Samples and report, each written beside its place and moved there whole. Gives the Markdown for an artifact."""
+def _write(evaluation: report.Evaluation, params: Params, workspace: Workspace) -> None:
+    """Samples and report, each written beside its place and moved there whole."""
     folder, table = workspace.report("evaluate"), workspace.samples
     beside, table_beside = _beside(folder), _beside(table)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    markdown = report.write(beside, evaluation, params, workspace)
+    report.write(beside, evaluation, params, workspace)
     evaluation.samples.to_parquet(table_beside, index=False)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     table_beside.replace(table)
-    return markdown
 
 
 def _beside(path: Path) -> Path:

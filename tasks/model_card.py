@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.pages import markdown_table, markdown_text, show
+from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 
 LIMIT = 5000
@@ -150,4 +150,4 @@ def _interval(found: Mapping[str, Any], key: str) -> str:
 
 
 def _short(value: Any, limit: int) -> Any:
-    return value[:limit] + "…" if isinstance(value, str) and len(value) > limit else value
+    return excerpt(value, limit) if isinstance(value, str) else value

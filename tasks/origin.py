@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
-from pathlib import Path
 
 from tasks.fingerprint import environment
 from tasks.params import Params, dump_params
-from tasks.run_tags import flatten
+from tasks.run_tags import flatten, git_commit
 from tasks.workspace import Workspace
 
 
@@ -22,16 +20,14 @@ def sources(workspace: Workspace) -> tuple[list[str], list[list[object]]]:
 
 
 def made_by(workspace: Workspace) -> dict[str, str]:
-    """The commit, and the versions of what computes."""
-    facts = {"git commit": commit(workspace.root), "python": platform.python_version(), **environment()}
+    """The commit, `-dirty` where code or parameters differ from it, and the versions of what computes."""
+    commit, changed = git_commit(workspace.root) or ("none", False)
+    facts = {
+        "git commit": f"{commit}-dirty" if changed else commit,
+        "python": platform.python_version(),
+        **environment(),
+    }
     return {name: str(value) for name, value in facts.items()}
-
-
-def commit(root: Path) -> str:
-    """The checkout's commit, `-dirty` where tracked files differ from it; `none` where there is no repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "none"
 
 
 def parameters(params: Params) -> dict[str, str]:

@@ -158,12 +158,18 @@ def markdown_text(text: str) -> str:
 
 
 def embed_pictures(markdown: str, folder: Path) -> str:
-    """Markdown with the pictures that it names in `folder` put inside it, for where files cannot follow."""
+    """Markdown with the pictures that lie in `folder` put inside it, for where files cannot follow."""
 
     def inside(match: re.Match[str]) -> str:
-        return f"]({_data_uri((folder / match[1]).read_bytes())})"
+        picture = folder / match[1]
+        return f"]({_data_uri(picture.read_bytes())})" if picture.is_file() else match[0]
 
     return re.sub(r"\]\(([\w-]+\.svg)\)", inside, markdown)
+
+
+def excerpt(text: str, limit: int) -> str:
+    """The text, or as much of its beginning as fits into `limit` characters with the sign that there was more."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def show(value: object) -> str:

@@ -93,7 +93,6 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             "breached": [breach.rule for breach in breaches],
         },
         _summary(f"{name} version {version.version}", breaches),
-        {"markdown": card},
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import ppo_core
+from ppo_core.checkpoint import sha256
 from ppo_core.config import SamplingConfig
 from tasks.errors import IntegrityError
 from tasks.workspace import Workspace
@@ -133,12 +133,6 @@ def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: P
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, by its path there."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _roots(workspace: Workspace) -> tuple[Path, Path]:

@@ -99,8 +99,8 @@ class Section:
     pictures: tuple[str, ...] = ()
 
 
-def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Workspace) -> str:
-    """Write report.html, report.md and the pictures; give a short Markdown for where a reader decides."""
+def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Workspace) -> None:
+    """Write report.html, report.md and the pictures."""
     drawn = _pictures(evaluation, params)
     for name, picture in drawn.items():
         (folder / f"{name}.svg").write_bytes(pages.svg(picture))
@@ -115,7 +115,6 @@ def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Works
     head += [pages.markdown_table(["", "", ""], [list(figure) for figure in figures])]
     whole = [f"# {TITLE}", LEAD, *head, *(_markdown(section) for section in sections)]
     (folder / "report.md").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
-    return pages.embed_pictures("\n\n".join([*head, _picture("curves"), _picture("overoptimisation")]), folder)
 
 
 def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
@@ -278,7 +277,7 @@ def _turns(prompt: str) -> str:
 def _shown(text: str) -> str:
     # Every kind of line end becomes the one that the page and the Markdown know.
     text = "\n".join(text.strip().splitlines())
-    return (text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1]}…") or "(empty)"
+    return pages.excerpt(text, EXCERPT) or "(empty)"
 
 
 def _difference(metrics: dict[str, Any], key: str) -> str:

@@ -1,17 +1,13 @@
-"""What MLflow is told of a run, in its own words: flat parameters and figures, the code, the process that writes."""
+"""What MLflow is told of a run, in its own words: flat parameters and figures, the code."""
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
-HOST, PID, STARTED = "proximal.host", "proximal.pid", "proximal.process_started"
+from tasks.workspace import SMALL_RESULTS
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,31 +28,22 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """The commit of the checkout and whether files differ from it; empty where there is no repository."""
-    commit = _git(root, "rev-parse", "HEAD")
-    # Results that git holds change with every run, which says nothing of the code.
-    results = (":!metrics", ":!plots", ":!dvc.lock")
+    """The commit of the checkout and whether files differ from it; empty where there is no commit."""
+    if (found := git_commit(root)) is None:
+        return {}
+    commit, changed = found
+    return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(changed).lower()}
+
+
+def git_commit(root: Path) -> tuple[str, bool] | None:
+    """The commit of the checkout and whether tracked files differ from it; None where there is no commit.
+
+    Results that git holds do not count: they change with every run, which says nothing of the code.
+    """
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    results = (f":!{name}" for name in SMALL_RESULTS)
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
-    return {"mlflow.source.git.commit": commit, "proximal.git.dirty": str(bool(changes)).lower()} if commit else {}
-
-
-def process_tags() -> dict[str, str]:
-    """Who is writing: host, process, and when that began, which tells it from a later one of the same number."""
-    return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: str(psutil.Process().create_time())}
-
-
-def is_here(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags belongs to this machine; of other machines nothing can be known."""
-    return tags.get(HOST) == socket.gethostname()
-
-
-def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags, on this machine, still runs."""
-    try:
-        began: float = psutil.Process(int(tags[PID])).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    return abs(began - float(tags[STARTED])) < 2
+    return (commit, bool(changes)) if commit else None
 
 
 def _git(root: Path, *command: str) -> str:

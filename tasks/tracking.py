@@ -6,7 +6,6 @@ state: a Prefect task in another thread would open a stray run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -25,10 +24,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from ppo_core.checkpoint import sha256
 from tasks import registry
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
-from tasks.run_tags import HOST, PID, flatten, git_tags, is_alive, is_here, numbers, process_tags
+from tasks.processes import HOST, PID, is_alive, is_here, process_tags
+from tasks.run_tags import flatten, git_tags, numbers
 from tasks.workspace import Workspace
 
 EXPERIMENT = "alignment"
@@ -274,15 +275,13 @@ def _datasets(workspace: Workspace) -> Iterator[DatasetInput]:
         profile = json.dumps({"rows": entry.get("rows"), "licence": entry.get("licence")})
         yield _dataset(entry["name"], entry["sha256"], entry, profile, "source")
     for table in (workspace.pairs, workspace.prompts):
-        with table.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        yield _dataset(
-            table.name, digest, {"file": str(table.relative_to(workspace.root)), "sha256": digest}, "{}", "training"
-        )
+        digest = sha256(table)
+        source = {"file": str(table.relative_to(workspace.root)), "sha256": digest}
+        yield _dataset(table.name, digest, source, "{}", "training")
 
 
-def _dataset(name: str, sha256: str, source: Mapping[str, Any], profile: str, context: str) -> DatasetInput:
-    dataset = Dataset(name, sha256[:36], "local", json.dumps(source), profile=profile)
+def _dataset(name: str, digest: str, source: Mapping[str, Any], profile: str, context: str) -> DatasetInput:
+    dataset = Dataset(name, digest[:36], "local", json.dumps(source), profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 

@@ -27,8 +27,8 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     """Check the canonical data. Raises DataError that names every critical breach and its first offending rows."""
     findings, tables = examine(params, workspace)
     figures = describe(tables) if tables else {}
-    markdown = data_report.write(workspace.report("validate"), findings, tables, figures)
-    result = StageResult(_metrics(findings, figures), _summary(findings), {"markdown": markdown})
+    data_report.write(workspace.report("validate"), findings, tables, figures)
+    result = StageResult(_metrics(findings, figures), _summary(findings))
     breaches = [finding for finding in findings if finding.critical]
     if breaches:
         write_metrics("validate", result, workspace)

@@ -23,12 +23,10 @@ from dvc.repo import Repo
 
 from tasks.errors import ConfigError, DataError, IntegrityError
 from tasks.params import dump_params, load_params
-from tasks.workspace import Workspace
+from tasks.workspace import SMALL_RESULTS, Workspace
 from tasks.workspace_lock import workspace_lock
 
 CODE = ("ppo_core", "tasks", "flows")
-SMALL_RESULTS = ("dvc.lock", "metrics", "plots")
-"""What DVC leaves to git. A worktree needs it to know what is up to date, committed or not."""
 
 Digests = dict[str, str]
 """Parameters (`params.yaml:KEY`) and files or folders (by path), each with what tells whether it changed."""
@@ -182,7 +180,7 @@ def _changed(raw: Any, now: Mapping[str, Any], wanted: Mapping[str, Any]) -> dic
 
 
 def _carry_over(workspace: Workspace, place: Workspace) -> None:
-    """What git does not hold but the run needs: the user's own data and the small results."""
+    """What git may not hold but the run needs: the user's own data, and the results that tell what is up to date."""
     _git(place.root, "clean", "--force", "-d", "-x", "--quiet", "--", str(place.own_data), *SMALL_RESULTS)
     own = str(workspace.own_data.relative_to(workspace.root))
     for path in _git(workspace.root, "ls-files", "--others", "-z", "--", own, *SMALL_RESULTS).split("\0"):

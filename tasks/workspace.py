@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+SMALL_RESULTS = ("dvc.lock", "metrics", "plots")
+"""What DVC leaves to git."""
+
 
 @dataclass(frozen=True)
 class Workspace:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything that reads them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +19,10 @@ from tasks import environment
 environment.prepare()
 
 import pytest  # noqa: E402
+
+# Helpers with fixtures that test modules import before pytest does.
+pytest.register_assert_rewrite("scratch", "stores")
+
 import tiny  # noqa: E402
 
 from tasks.params import Params, load_params  # noqa: E402
@@ -50,3 +57,20 @@ def workspace(tmp_path: Path) -> Workspace:
 def params(workspace: Workspace) -> Params:
     """The parameters of `workspace`."""
     return load_params(workspace.params)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Workspace:
+    """A workspace that has a folder for data of the user's own, and nothing else."""
+    workspace = Workspace(tmp_path / "checkout")
+    workspace.own_data.mkdir(parents=True)
+    return workspace
+
+
+@pytest.fixture
+def get(own: Workspace, tmp_path: Path) -> Callable[..., Any]:
+    """fetch() into the workspace `own`, with the fixed arguments filled in."""
+    from tasks.sources import fetch  # brings `datasets`, which takes seconds and few tests need
+
+    (tmp_path / "scratch").mkdir()
+    return functools.partial(fetch, workspace=own, scratch=tmp_path / "scratch")

@@ -18,17 +18,16 @@ from uuid import UUID
 
 import httpx
 import prefect
-import psutil
 import pytest
 import tiny
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
-from waiting import eventually
+from waiting import eventually, has_ended
 
 from flows import align as command
-from flows import artifacts, closing, gpu, lifecycle, pipeline, serve, server, ui
+from flows import closing, gpu, lifecycle, pipeline, serve, server, ui
 from flows.leash import leashed
 from tasks.errors import ResourceError, ServiceError
 from tasks.params import dump_params, load_params
@@ -97,7 +96,7 @@ def test_a_leashed_process_ends_with_the_one_that_started_it(tmp_path: Path) -> 
     child = int(eventually(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
     parent.kill()
     parent.wait()
-    assert eventually(lambda: not psutil.pid_exists(child))
+    assert eventually(lambda: has_ended(child))
 
 
 def test_a_configured_server_that_is_away_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +130,7 @@ def test_a_port_that_is_taken_names_the_holder() -> None:
     with socket.socket() as holder:
         holder.bind((server.HOST, 0))
         holder.listen()
-        taken = ui.Dashboard("MLflow", f"http://{server.HOST}:{holder.getsockname()[1]}", "/health", ["mlflow"])
+        taken = ui.Dashboard("MLflow", f"http://{server.HOST}:{holder.getsockname()[1]}", "", ["mlflow"])
         with pytest.raises(ResourceError, match=rf"process {os.getpid()}.*--mlflow-port"):
             ui._check(taken)
 
@@ -162,13 +161,6 @@ def test_prefect_yaml_names_what_there_is() -> None:
     (deployment,) = deployments["deployments"]
     assert deployment["entrypoint"] == f"{pipeline.__name__}.{pipeline.align.fn.__name__}"
     assert set(deployment["parameters"]) <= set(pipeline.align.parameters.properties)
-
-
-def test_pictures_travel_inside_the_markdown(tmp_path: Path) -> None:
-    (tmp_path / "a.svg").write_bytes(b"<svg/>")
-    text = "![curve](a.svg) ![web](https://x/y.png) ![gone](b.png)"
-    shown = artifacts.with_pictures(text, tmp_path)
-    assert shown == "![curve](data:image/svg+xml;base64,PHN2Zy8+) ![web](https://x/y.png) ![gone](b.png)"
 
 
 def test_the_last_screen_says_what_improved_and_where_to_look(tmp_path: Path) -> None:

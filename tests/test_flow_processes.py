@@ -14,10 +14,10 @@ import psutil
 import pytest
 import tiny
 from prefect.client.orchestration import SyncPrefectClient
-from waiting import eventually
+from waiting import eventually, has_ended
 
 from flows import server
-from tasks.run_tags import PID
+from tasks.processes import PID
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace
@@ -65,7 +65,7 @@ def test_a_run_that_is_told_to_end_ends_and_frees_all(
     told, _ = process.communicate(timeout=30)
     assert process.returncode == code, told
     assert client.read_flow_run(run.id).state_name == state
-    assert not any(child.is_running() for child in children)
+    assert all(has_ended(child.pid) for child in children)
     with workspace_lock(workspace):
         pass
 

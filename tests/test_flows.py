@@ -5,6 +5,7 @@ Stages, DVC and the training run are stood in for: what they do is tested elsewh
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -35,6 +36,9 @@ from tasks.workspace import Workspace
 
 pytest_plugins = ["flow_server"]
 
+PICTURE = "![curve](data:image/svg+xml;base64,PHN2Zy8+)"
+"""How an artifact shows the picture of a stage's report."""
+
 
 class Stages:
     """Stands in for the stages, for DVC and for the training run; remembers what was asked of it."""
@@ -50,7 +54,8 @@ class Stages:
     def run(self, stage: str, params: Params, workspace: Workspace) -> StageResult:
         report = workspace.report(stage) / "report.md"
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(f"# {stage}", encoding="utf-8")
+        report.write_text(f"# {stage} ![curve](curve.svg)", encoding="utf-8")
+        report.with_name("curve.svg").write_bytes(b"<svg/>")
         self._called(stage)
         self.places.add(workspace.root)
         return StageResult({}, f"{stage} done")
@@ -140,8 +145,8 @@ def test_every_stage_and_every_cycle_is_a_task_run(stages: Stages, place: Worksp
     completed = ["validate", "reward_model", "ppo", *(f"ppo cycle {n}" for n in (1, 2, 3)), "evaluate", "register"]
     assert states(client, run, 9) == [("ingest", "Skipped"), *((name, "Completed") for name in completed)]
     assert run.state_name == "Completed"
-    assert artifact(client, run, "data-verdict") == ["# validate"]
-    assert artifact(client, run, "alignment-report") == ["# evaluate"]
+    assert artifact(client, run, "data-verdict") == [f"# validate {PICTURE}"]
+    assert artifact(client, run, "alignment-report") == [f"# evaluate {PICTURE}"]
     (link,) = artifact(client, run, "mlflow-run")
     assert "/#/experiments/7/runs/abc" in link
     (table,) = artifact(client, run, "ppo-cycles")
@@ -176,7 +181,7 @@ def test_an_error_for_people_fails_the_run_with_its_message(
     assert states(client, run, 2) == [("ingest", "Completed"), ("validate", "Failed")]
     assert run.state_name == "Failed"
     assert "a.csv:3:text — is empty — fill it" in (run.state.message or "")
-    assert artifact(client, run, "data-verdict") == ["# validate"], "the report says why"
+    assert artifact(client, run, "data-verdict") == [f"# validate {PICTURE}"], "the report says why"
     assert "Traceback" not in caplog.text
     assert not (PREFECT_HOME.value() / "storage").exists(), "nothing was pickled"
 
@@ -203,6 +208,16 @@ def test_only_services_are_asked_again(
         (f"ppo cycle {n}", state) for n, state in ((1, "Completed"), (2, "Failed"), (2, "Completed"), (3, "Completed"))
     ]
     assert slots(client) == 0
+
+
+def test_a_full_disk_in_training_is_told_for_people(
+    stages: Stages, place: Workspace, client: SyncPrefectClient
+) -> None:
+    """The flow runs ppo cycle by cycle, not through `run_stage`."""
+    stages.errors["cycle 2"] = [OSError(errno.ENOSPC, "No space left on device", "models/policy")]
+    with pytest.raises(ResourceError, match=r"models/policy — the disk is full"):
+        pipeline.align(None, str(place.root))
+    assert run_of(client, place).state_name == "Failed"
 
 
 def test_a_bug_is_told_with_its_traceback(

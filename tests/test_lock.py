@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from tiny import REPOSITORY
+from waiting import eventually, has_ended
 
 from tasks.errors import Locked
 from tasks.workspace import Workspace
@@ -35,7 +34,7 @@ from tasks.__main__ import _end_cleanly
 _end_cleanly()
 try:
     Path("pid").write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(600)
 finally:
     Path("unwound").touch()
 """
@@ -49,15 +48,6 @@ def place(tmp_path: Path) -> Workspace:
 def hold(place: Workspace, seconds: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOLD, str(place.root), str(seconds)]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_a_second_run_is_refused_at_once_and_told_who_holds_the_workspace(place: Workspace) -> None:
@@ -112,17 +102,26 @@ def test_a_stage_started_by_hand_exits_with_6(place: Workspace) -> None:
     assert f"process {holder.pid}" in stage.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stage_ends_when_dvc_does(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("shell", "how"),
+    [
+        ("/bin/bash", signal.SIGTERM),
+        ("/bin/bash", signal.SIGKILL),
+        ("/bin/sh", signal.SIGKILL),
+        (None, signal.SIGKILL),
+    ],
+)
+def test_a_stage_ends_when_dvc_does(tmp_path: Path, shell: str | None, how: signal.Signals) -> None:
+    """DVC runs a stage through $SHELL, else /bin/sh, and some of them stay between the two."""
     (tmp_path / "slow.py").write_text(SLOW_STAGE)
     (tmp_path / "dvc.yaml").write_text(f"stages: {{slow: {{cmd: {sys.executable} slow.py}}}}")
     dvc = [sys.executable, "-m", "dvc"]
     subprocess.run([*dvc, "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {name: value for name, value in os.environ.items() if name != "SHELL"}
+    environment |= {"PYTHONPATH": str(REPOSITORY)} | ({"SHELL": shell} if shell else {})
     with subprocess.Popen([*dvc, "repro"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as repro:
         written = tmp_path / "pid"
-        assert eventually(lambda: written.exists() and bool(written.read_text()))
-        stage = int(written.read_text())
+        stage = int(eventually(lambda: written.exists() and written.read_text(), 60))
         repro.send_signal(how)
-    assert eventually(lambda: not psutil.pid_exists(stage))
+    assert eventually(lambda: has_ended(stage), 60)
     assert (tmp_path / "unwound").exists()

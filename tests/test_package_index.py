@@ -19,8 +19,7 @@ from tasks import archives
 from tasks.errors import DataError, ServiceError
 from tasks.package_index import pip_settings
 from tasks.params import DataSource
-from tasks.sources import digest, fetch
-from tasks.workspace import Workspace
+from tasks.sources import digest
 
 SETUP = "from pathlib import Path; Path({canary!r}).touch()"
 
@@ -86,20 +85,6 @@ def served(index, monkeypatch):
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def own(tmp_path):
-    workspace = Workspace(tmp_path / "checkout")
-    workspace.own_data.mkdir(parents=True)
-    (tmp_path / "scratch").mkdir()
-    return workspace
-
-
-@pytest.fixture
-def get(own, tmp_path):
-    """fetch() with the fixed arguments filled in."""
-    return functools.partial(fetch, workspace=own, scratch=tmp_path / "scratch")
 
 
 def pypi(sha256, file, kind="wheel", release="Some_Data==1.0"):

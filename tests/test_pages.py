@@ -154,8 +154,9 @@ def test_the_same_figure_gives_the_same_bytes_and_changes_no_settings() -> None:
 
 def test_pictures_move_into_markdown(tmp_path: Path) -> None:
     (tmp_path / "plot.svg").write_bytes(b"<svg/>")
-    embedded = pages.embed_pictures("![a plot](plot.svg) and [a page](report.html)", tmp_path)
-    assert embedded == "![a plot](data:image/svg+xml;base64,PHN2Zy8+) and [a page](report.html)"
+    others = " and [a page](report.html) ![web](https://x/plot.svg) ![gone](gone.svg)"
+    embedded = pages.embed_pictures(f"![a plot](plot.svg){others}", tmp_path)
+    assert embedded == f"![a plot](data:image/svg+xml;base64,PHN2Zy8+){others}"
 
 
 def test_pages_are_light_to_import() -> None:

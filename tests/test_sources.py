@@ -14,24 +14,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from tasks import sources
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.params import DataSource, SourceParams
-from tasks.sources import digest, fetch
-from tasks.workspace import Workspace
+from tasks.sources import digest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def own(tmp_path):
-    workspace = Workspace(tmp_path / "checkout")
-    workspace.own_data.mkdir(parents=True)
-    (tmp_path / "scratch").mkdir()
-    return workspace
-
-
-@pytest.fixture
-def get(own, tmp_path):
-    """fetch() with the fixed arguments filled in."""
-    return functools.partial(fetch, workspace=own, scratch=tmp_path / "scratch")
 
 
 # file:

@@ -1,10 +1,9 @@
-"""The record in MLflow, on SQLite: runs that are continued, cycles recorded once, their models generating text."""
+"""The record in MLflow, on SQLite: runs that are continued, cycles recorded once, services that go away."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,33 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd
+import psutil
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from safetensors.torch import load_file, save_file
-from stores import new_store
-from tiny import tiny_params, tiny_policy
+from stores import RECORD, new_store, trained_weights
+from tiny import tiny_params
+from waiting import eventually, has_ended
 
 from tasks import tracking
-from tasks.cycle_model import load_policy
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, check_params
-from tasks.run_tags import HOST, PID, STARTED
+from tasks.processes import HOST, PID, STARTED
 from tasks.tracking import Tracker, record_exists
 from tasks.workspace import Workspace
 
-RECORD = {"cycle": 1, "dev/judge_win_rate": 0.625, "train/kl": 2.5}
-
-
-@pytest.fixture
-def home(tmp_path: Path, policy_folder: Path) -> Workspace:
-    """A folder with a database and a base model."""
-    workspace = new_store(Workspace(tmp_path))
-    workspace.base_model.parent.mkdir()
-    shutil.copytree(policy_folder, workspace.base_model)
-    return workspace
+pytest_plugins = ["stores"]
 
 
 @pytest.fixture
@@ -50,19 +38,6 @@ def changed(**ppo: Any) -> Params:
     plain = tiny_params()
     plain["ppo"] |= ppo
     return check_params(plain)
-
-
-def trained_weights(workspace: Workspace, path: Path) -> Path:
-    """The last layer of the base, moved: what a cycle trains."""
-    tensors = load_file(workspace.base_model / "model.safetensors")
-    draw = torch.Generator().manual_seed(1)
-    last = {
-        name: tensor + torch.randn(tensor.shape, generator=draw)
-        for name, tensor in tensors.items()
-        if name.startswith("model.layers.3.")
-    }
-    save_file(last, path)
-    return path
 
 
 def history(tracker: Tracker, key: str) -> list[tuple[int, float]]:
@@ -208,13 +183,20 @@ def test_stage_figures_are_flat_and_recorded_once(home: Workspace, params: Param
     ]
 
 
-def test_a_run_left_open_by_a_dead_process_is_closed(home: Workspace, params: Params) -> None:
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_run_left_open_by_a_dead_process_is_closed(home: Workspace, params: Params, reaped: bool) -> None:
+    """Also where nobody has asked how the process ended, which leaves it as a zombie."""
     tracker = Tracker.open(home, "a" * 64, params)
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    tracker.client.set_tag(tracker.run_id, PID, str(process.pid))
-    with Tracker.open(home, "b" * 64, params) as other:
-        assert other.client.get_run(tracker.run_id).info.status == "KILLED"
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        tracker.client.set_tag(tracker.run_id, PID, str(process.pid))
+        tracker.client.set_tag(tracker.run_id, STARTED, str(psutil.Process(process.pid).create_time()))
+        process.stdin.close()
+        assert eventually(lambda: has_ended(process.pid))
+        if reaped:
+            process.wait()
+        with Tracker.open(home, "b" * 64, params) as other:
+            assert other.client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 def test_a_later_process_of_the_same_number_is_another(home: Workspace, params: Params) -> None:
@@ -226,8 +208,6 @@ def test_a_later_process_of_the_same_number_is_another(home: Workspace, params: 
 
 
 def test_a_run_that_a_living_process_writes_is_locked(home: Workspace, params: Params) -> None:
-    import psutil
-
     tracker = Tracker.open(home, "a" * 64, params)
     parent = psutil.Process().parent()
     tracker.client.set_tag(tracker.run_id, PID, str(parent.pid))
@@ -299,112 +279,3 @@ def test_record_exists(home: Workspace, params: Params, tmp_path: Path) -> None:
     nowhere.root.mkdir()
     assert not record_exists(nowhere, tracker.run_id)
     assert list(nowhere.root.iterdir()) == []
-
-
-@pytest.fixture
-def cycle_uri(home: Workspace, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A recorded cycle, as `mlflow.pyfunc.load_model` names it."""
-    with Tracker.open(home, "a" * 64, params) as tracker:
-        tracker.log_cycle(RECORD, trained_weights(home, tmp_path / "policy.safetensors"))
-    (model,) = tracker.client.search_logged_models([tracker.run.info.experiment_id])
-    previous = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracking.tracking_uri(home))
-    yield f"models:/{model.model_id}"
-    mlflow.set_tracking_uri(previous)
-
-
-def test_a_cycle_holds_only_what_was_trained(cycle_uri: str, home: Workspace) -> None:
-    files = {path.name: path for path in (home.root / "mlartifacts" / "models").rglob("*") if path.is_file()}
-    weights = home.root / "policy.safetensors"
-    assert files["policy.safetensors"].read_bytes() == weights.read_bytes()
-    assert sum(path.stat().st_size for path in files.values()) < weights.stat().st_size + 30_000
-    assert not {path.suffix for path in files.values()} & {".pkl", ".bin", ".pt"}
-
-
-def test_a_cycle_generates_with_its_own_weights(cycle_uri: str, home: Workspace) -> None:
-    model = mlflow.pyfunc.load_model(cycle_uri)
-    greedy = {"temperature": 0.0, "max_new_tokens": 5}
-    texts = ["the film", "her story was so", ""]
-    together = model.predict(pd.DataFrame({"prompt": texts}), params=greedy)
-    assert together == [model.predict([text], params=greedy)[0] for text in texts]
-    assert together == [_oracle(home, text) for text in texts]
-
-
-def _oracle(home: Workspace, text: str) -> str:
-    """Greedy decoding without cache, batch or generate()."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(home.base_model)
-    model = AutoModelForCausalLM.from_pretrained(home.base_model)
-    model.load_state_dict(load_file(home.root / "policy.safetensors"), strict=False)
-    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    start = len(ids)
-    while len(ids) < start + 5 and ids[-1] != tokenizer.eos_token_id:
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
-
-
-def test_sampling_depends_on_the_seed_alone(cycle_uri: str) -> None:
-    model = mlflow.pyfunc.load_model(cycle_uri)
-    first = model.predict(["the film", "her story"], params={"seed": 3})
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    assert model.predict(["the film", "her story"], params={"seed": 3}) == first
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.predict(["the film", "her story"], params={"seed": 4}) != first
-    assert model.predict(["her story"], params={"seed": 4}) == first[1:]
-
-
-def test_chat_prompts_go_through_the_template(cycle_uri: str, home: Workspace) -> None:
-    model = mlflow.pyfunc.load_model(cycle_uri)
-    inner = model.unwrap_python_model()
-    chat = json.dumps([{"role": "user", "content": "the film<|im_end|>"}])
-    ids = inner._encode(0, chat, 1)
-    control = {inner.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
-    assert sum(token in control for token in ids) == 3
-    assert inner.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
-    assert inner._encode(0, '["the film"]', 1)[1:] == inner.tokenizer('["the film"]')["input_ids"]
-    assert isinstance(model.predict([chat])[0], str)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "asked", "why"),
-    [
-        ("the film", {"max_new_tokens": 0}, "at least 1"),
-        ("the film", {"temperature": -1.0}, "at least 0"),
-        ("the film " * 300, {}, "exceed the model's context of 256"),
-        ('[{"role": "wizard", "content": "x"}]', {}, "wizard"),
-        (None, {}, "a prompt is text"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(cycle_uri: str, prompt: Any, asked: dict[str, Any], why: str) -> None:
-    model = mlflow.pyfunc.load_model(cycle_uri)
-    with pytest.raises(MlflowException, match=why):
-        model.predict(pd.DataFrame({"prompt": ["x", prompt]}), params=asked)
-
-
-def test_the_base_is_found_by_its_digest(
-    cycle_uri: str, home: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    greedy = {"temperature": 0.0}
-    expected = mlflow.pyfunc.load_model(cycle_uri).predict(["the film"], params=greedy)
-    moved = tmp_path / "moved"
-    home.base_model.rename(moved)
-    tiny_policy(home.base_model, seed=8)  # another model in its place
-    with pytest.raises(MlflowException, match="dvc pull models/base"):
-        mlflow.pyfunc.load_model(cycle_uri)
-    monkeypatch.setenv("PROXIMAL_BASE_MODEL", str(moved))
-    assert mlflow.pyfunc.load_model(cycle_uri).predict(["the film"], params=greedy) == expected
-
-
-def test_tensors_that_do_not_fit_are_refused(policy_folder: Path, tmp_path: Path) -> None:
-    strange = tmp_path / "strange.safetensors"
-    save_file({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, strange)
-    with pytest.raises(MlflowException, match=r"layers\.9"):
-        load_policy(policy_folder, strange)
-    lacking = shutil.copytree(policy_folder, tmp_path / "lacking")
-    tensors = load_file(lacking / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MlflowException, match=r"missing.*layers\.2"):
-        load_policy(lacking)

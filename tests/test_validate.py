@@ -34,8 +34,7 @@ def test_clean_data_passes_and_is_described(data: Data, tmp_path: Path) -> None:
     assert {path.name for path in workspace.report("validate").iterdir()} == {
         "report.html", "report.md", "pairs.svg", "lengths.svg",
     }  # fmt: skip
-    assert "fit for training" in result.details["markdown"]
-    assert "data:image/svg+xml" in result.details["markdown"]
+    assert "The data is fit for training" in (workspace.report("validate") / "report.md").read_text()
 
 
 def test_a_breach_stops_with_the_rows_and_the_mend_and_leaves_the_rest_alone(data: Data, tmp_path: Path) -> None:
@@ -76,10 +75,11 @@ def test_a_wrong_schema_is_reported_without_asking_further(data: Data, tmp_path:
 
 def test_warnings_do_not_stop(data: Data, tmp_path: Path) -> None:
     data.pairs["chosen_tokens"] = 20
-    result = run(small_params(), data.write(tmp_path))
+    workspace = data.write(tmp_path)
+    result = run(small_params(), workspace)
     assert result.metrics["failed"] == {"pairs.longer_wins": 1}
     assert "warnings: pairs.longer_wins" in result.summary
-    assert "fit for training" in result.details["markdown"]
+    assert "The data is fit for training" in (workspace.report("validate") / "report.md").read_text()
 
 
 def test_empty_tables_are_a_breach_like_any_other(data: Data, tmp_path: Path) -> None:

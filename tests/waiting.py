@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 
 def eventually(condition: Callable[[], Any], seconds: float = 15) -> Any:
     """What `condition` gives once it is true, or after so many seconds."""
@@ -13,3 +15,11 @@ def eventually(condition: Callable[[], Any], seconds: float = 15) -> Any:
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return value
+
+
+def has_ended(pid: int) -> bool:
+    """Also true of a zombie: where tests run, the process that adopts orphans may never reap them."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
