@@ -90,7 +90,8 @@ class ActorCritic(nn.Module):
             else:
                 policy = copy.deepcopy(model)
                 self.policy, self.policy_head = Stack(policy.get_decoder()), LMHead(policy)
-        self.value_head = ValueHead(model.config.get_text_config().hidden_size)
+        # Not the hidden size of the configuration: OPT-350m projects what its layers return.
+        self.value_head = ValueHead(self.reference_head.linear.in_features)
         self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
         self._probe()
         self.sampler = join(self.trunk, self.policy)

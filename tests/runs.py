@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.functional import pad as fill
 
 from ppo_core.config import PPOConfig, SamplingConfig
 from ppo_core.decoder import load_causal_lm
 from ppo_core.law import SamplingLaw
 from ppo_core.models import ActorCritic
+from ppo_core.rollout import RewardFunction
 from ppo_core.sampling import sample
 from ppo_core.trainer import Trainer
-from ppo_core.types import Samples
+from ppo_core.types import Samples, Sequences
 
 EOS = PAD = 2
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61], [1, 70, 71, 72, 73, 74]]
@@ -38,9 +42,15 @@ def config(trainable: str = "top_layers", critic: str = "shared", **update) -> P
 
 
 def trainer(folder: Path, settings: PPOConfig, seed: int = 3) -> Trainer:
-    torch.manual_seed(0)
-    model = ActorCritic(load_causal_lm(folder, torch.float32), settings.model)
-    return Trainer(model, length_reward, PROMPTS, settings, seed=seed, law=law(settings.sampling), pad=PAD)
+    return trainer_of(load_causal_lm(folder, torch.float32), settings, seed)
+
+
+def trainer_of(
+    model: Any, settings: PPOConfig, seed: int = 3, reward: RewardFunction = length_reward, **parts: Any
+) -> Trainer:
+    """A trainer of a transformers model; `parts` are further arguments of ActorCritic."""
+    actor_critic = ActorCritic(model, settings.model, **parts)
+    return Trainer(actor_critic, reward, PROMPTS, settings, seed=seed, law=law(settings.sampling), pad=PAD)
 
 
 def law(settings: SamplingConfig) -> SamplingLaw:
@@ -50,3 +60,20 @@ def law(settings: SamplingConfig) -> SamplingLaw:
 def draw(model: ActorCritic, prompts: list[list[int]], **sampling) -> Samples:
     settings = SamplingConfig(max_new_tokens=8, **sampling)
     return sample(model.sampler, model.policy_head, prompts, law(settings), range(len(prompts)), PAD)
+
+
+@torch.no_grad()
+def perturb(parameters: Iterable[torch.Tensor], scale: float = 0.05, seed: int = 1) -> None:
+    """Noise of the parameters' own size, or of `scale` where they are zero: what training might have done."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter += scale * noise * (1.0 if not parameter.any() else float(parameter.abs().mean()) * 4)
+
+
+def padded(sequences: Sequences, left: int, right: int) -> Sequences:
+    """The same with more columns of padding, in which anything may stand."""
+    tokens = fill(sequences.tokens, (left, right), value=77)
+    tokens = torch.where(fill(sequences.attention, (left, right)), tokens, 99)
+    kept = None if sequences.kept is None else fill(sequences.kept, (0, 0, 0, right), value=-1)
+    return Sequences(tokens, fill(sequences.attention, (left, right)), sequences.prompt_length + left, kept)
