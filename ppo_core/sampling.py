@@ -34,7 +34,7 @@ def sample(
     tokens, attention = pad_prompts(prompts, pad)
     steps = law.config.max_new_tokens
     uniforms = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    stop_tokens = torch.tensor(law.stop_tokens)
+    stop_tokens = torch.tensor(law.stop_tokens, dtype=torch.long)
     cache: Any = DynamicCache(config=decoder.config)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     with_positions = takes_positions(decoder)
