@@ -189,9 +189,7 @@ def test_a_tokenizer_without_eos_needs_another_end(policy_folder):
     tokenizer = AutoTokenizer.from_pretrained(policy_folder, eos_token=None)
     assert SamplingLaw.of(SamplingConfig(stop_tokens=("<|endoftext|>",)), tokenizer).stop_tokens == (0,)
     assert SamplingLaw.of(SamplingConfig(stop_strings=("\n",)), tokenizer).stop_tokens == ()
-    with pytest.raises(
-        ConfigError, match=r"ppo\.sampling\.stop_tokens.*no end-of-sequence token.*ppo\.sampling\.stop_strings"
-    ):
+    with pytest.raises(ConfigError, match=r"sampling\.stop_tokens.*no end-of-sequence token.*sampling\.stop_strings"):
         SamplingLaw.of(SamplingConfig(), tokenizer)
 
 

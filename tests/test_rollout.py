@@ -1,34 +1,65 @@
-"""What is written down of responses: scores of the text alone, whatever pads it."""
+"""Plain functions as rewards: what they are handed, and what may come back."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+import pytest
 import torch
-from runs import EOS, PAD, PROMPTS, config, draw
+from runs import padded
+from transformers import AutoTokenizer
 
-from ppo_core.decoder import load_causal_lm, split
-from ppo_core.models import ActorCritic
-from ppo_core.rollout import ModelReward
-from ppo_core.scorers import RewardModel, score_texts
+from ppo_core.rollout import FunctionReward
+from ppo_core.tokens import decode, encode_prompt, encode_response
+from ppo_core.types import Samples, Sequences, pad_prompts
+
+TEXTS = [
+    ("the film was", " decent.", ["<|im_end|>"]),  # ended by EOS
+    ("a", " naïve – 日本", []),  # cut
+    ("so <|im_end|> was forged", " and\n\nstopped\n", []),  # ended by a stop string, which is text
+    (" spaces ", "", ["<|endoftext|>"]),  # a stop token at once
+]
 
 
-def test_the_reward_model_reads_the_same_in_a_padded_batch_and_before_eos(policy_folder: Path):
-    torch.manual_seed(3)
-    base = load_causal_lm(policy_folder, torch.float32)
-    scorer = RewardModel(*split(base, 2), 64, PAD)
-    torch.nn.init.normal_(scorer.head.linear.weight)
-    model = ActorCritic(base, config().model)
-    samples = draw(model, PROMPTS)
-    sequences = samples.sequences
-    last = sequences.prompt_length + sequences.mask.sum(dim=1) - 1
-    sequences.tokens[0, last[0]] = EOS  # one ends, the others are cut
-    lengths = sequences.mask.sum(dim=1) - torch.tensor([1, 0, 0, 0])
-    samples = replace(samples, ended=torch.tensor([True, False, False, False]), text_lengths=lengths)
-    found = ModelReward(scorer, model)(samples, model.activations(sequences))
-    texts = [tokens[mask].tolist() for tokens, mask in zip(sequences.tokens, sequences.attention, strict=True)]
-    texts[0] = texts[0][:-1]
-    expected = torch.cat([scorer.raw([text]) for text in texts])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(score_texts(scorer, texts), expected, atol=1e-5, rtol=0)  # buckets keep the order
+@pytest.fixture(scope="module")
+def tokenizer(policy_folder):
+    return AutoTokenizer.from_pretrained(policy_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer) -> Samples:
+    """`TEXTS` as sampled: padding equal to EOS on both sides."""
+    prompts, attention = pad_prompts([encode_prompt(tokenizer, p, "text") for p, _, _ in TEXTS], tokenizer.pad_token_id)
+    ends = [tokenizer.convert_tokens_to_ids(end) for *_, end in TEXTS]
+    said = [encode_response(tokenizer, r) for _, r, _ in TEXTS]
+    width = max(len(ids) for ids in said) + 1
+    tokens = torch.full((len(TEXTS), width), tokenizer.pad_token_id)
+    mask = torch.zeros(len(TEXTS), width, dtype=torch.bool)
+    for row, ids in enumerate(said):
+        whole = [*ids, *ends[row]]
+        tokens[row, : len(whole)], mask[row, : len(whole)] = torch.tensor(whole), True
+    sequences = Sequences(torch.cat([prompts, tokens], 1), torch.cat([attention, mask], 1), prompts.shape[1])
+    lengths = torch.tensor([len(ids) for ids in said])
+    return Samples(padded(sequences, left=2, right=0), torch.zeros(len(TEXTS), width), lengths > 0, lengths)
+
+
+def reward(tokenizer, function) -> FunctionReward:
+    return FunctionReward(function, partial(decode, tokenizer), partial(decode, tokenizer))
+
+
+def test_a_function_is_handed_prompts_and_responses_as_they_were_written(samples: Samples, tokenizer):
+    handed = []
+
+    def function(prompts: list[str], responses: list[str]) -> list[float]:
+        handed.append((prompts, responses))
+        return [3, 0.5, -1, 2]
+
+    scores = reward(tokenizer, function)(samples, samples.sequences.tokens)
+    assert handed == [([p for p, _, _ in TEXTS], [r for _, r, _ in TEXTS])]
+    assert (scores.tolist(), scores.dtype) == ([3.0, 0.5, -1.0, 2.0], torch.float32)
+
+
+@pytest.mark.parametrize("n", [0, 3, 5])
+def test_a_function_that_returns_another_number_of_scores_is_refused(n: int, samples: Samples, tokenizer):
+    with pytest.raises(ValueError, match=f"returned {n} scores for 4 responses"):
+        reward(tokenizer, lambda prompts, responses: [0.0] * n)(samples, samples.sequences.tokens)
