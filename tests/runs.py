@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ def length_reward(samples: Samples, activations: torch.Tensor) -> torch.Tensor:
     return -(sequences.responses * sequences.mask).sum(dim=1) / 1000.0
 
 
-def config(trainable: str = "top_layers", critic: str = "shared", **update) -> PPOConfig:
+def config(
+    trainable: str = "top_layers", critic: str = "shared", start: str = "policy", sampling: Any = None, **update
+) -> PPOConfig:
     return PPOConfig.model_validate(
         {
             "rollout_size": 8,
             "model": {"trainable": trainable, "top_layers": 2, "critic": critic, "dtype": "float32"}
-            | {"critic_start": "policy"},
-            "sampling": {"max_new_tokens": 6, "temperature": 0.7},
+            | {"critic_start": start},
+            "sampling": {"max_new_tokens": 6, "temperature": 0.7} | (sampling or {}),
             "update": {"epochs": 2, "minibatches": 2, "micro_batch": 2, "learning_rate": 1e-3} | update,
         }
     )
@@ -77,3 +80,9 @@ def padded(sequences: Sequences, left: int, right: int) -> Sequences:
     tokens = torch.where(fill(sequences.attention, (left, right)), tokens, 99)
     kept = None if sequences.kept is None else fill(sequences.kept, (0, 0, 0, right), value=-1)
     return Sequences(tokens, fill(sequences.attention, (left, right)), sequences.prompt_length + left, kept)
+
+
+def digest(module: torch.nn.Module) -> str:
+    """SHA-256 of all weights and buffers, bit for bit."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return hashlib.sha256(b"".join(t.detach().float().numpy().tobytes() for t in tensors)).hexdigest()
