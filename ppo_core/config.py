@@ -59,7 +59,8 @@ class SamplingConfig(Section):
     max_new_tokens: Count = 24
     """Longest response, in tokens; the cut counts as its end."""
     min_new_tokens: Natural = 0
-    """Before this many tokens the response cannot end: EOS and stop tokens have no probability there."""
+    """Before this many tokens the response cannot end: EOS and stop tokens have no probability there, and stop strings
+    no effect."""
     temperature: Positive = 1.0
     """Divides the logits when sampling, and in every log-probability afterwards."""
     top_k: Count | None = None

@@ -13,7 +13,7 @@ import copy
 import errno
 import inspect
 import os
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,15 @@ def without_dropout(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for key, value in vars(model.config).items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(model.config, key, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        _no_rates(module)  # of dropout that is a function, and of whole layers (OPT)
+    _no_rates(model.config)
     return model
+
+
+def _no_rates(owner: Any) -> None:
+    for key, value in vars(owner).items():
+        if key.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, float):
+            setattr(owner, key, 0.0)
 
 
 class LMHead(nn.Module):
@@ -111,6 +113,12 @@ def depth_of(stack: Stack) -> int:
     """Number of layers of a stack."""
     decoder: Any = stack.decoder
     return len(decoder.layers)
+
+
+def same_weights(one: Stack, other: Stack) -> bool:
+    """Whether two stacks are the same network: not equal, but on the very same weights."""
+    pairs = zip_longest(one.parameters(), other.parameters())
+    return all(a is b for a, b in pairs)
 
 
 def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +35,30 @@ class SamplingLaw:
         self.config, self.stop_tokens, self.decode = config, tuple(stop_tokens), decode
         self.temperature = config.temperature
         # A token has at least one byte, so a string of n bytes that ends in the last token lies in the last n tokens.
-        self._tail = max((len(text.encode()) for text in config.stop_strings), default=0)
+        # One more, because some tokenizers drop the space before the first token that they decode.
+        self._tail = max((len(text.encode()) + 1 for text in config.stop_strings), default=0)
 
     @classmethod
     def of(cls, config: SamplingConfig, tokenizer: Any) -> SamplingLaw:
-        """The law for a transformers tokenizer. Raises ConfigError for a stop token that it does not have."""
+        """The law for a transformers tokenizer.
+
+        Raises ConfigError for a stop token that it does not have, and if nothing could end a response.
+        """
         known = tokenizer.get_vocab()
         if unknown := [text for text in config.stop_tokens if text not in known]:
             raise ConfigError(
                 f"{unknown} are no tokens of this model", "ppo.sampling.stop_tokens", "use ppo.sampling.stop_strings"
             )
-        tokens = [tokenizer.eos_token_id, *(known[text] for text in config.stop_tokens)]
-        return cls(config, tokens, tokenizer.decode)
+        tokens = [known[text] for text in config.stop_tokens]
+        if tokenizer.eos_token_id is not None:
+            tokens.insert(0, tokenizer.eos_token_id)
+        elif not tokens and not config.stop_strings:
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token, so nothing could end a response",
+                "ppo.sampling.stop_tokens",
+                "name a token that ends one, or set ppo.sampling.stop_strings",
+            )
+        return cls(config, tokens, partial(tokenizer.decode, clean_up_tokenization_spaces=False))
 
     @property
     def truncates(self) -> bool:
@@ -55,7 +68,8 @@ class SamplingLaw:
     def at_step(self, logits: Tensor, t: int) -> Tensor:
         """Logits [B, V] of response position `t` with -inf for what cannot be sampled there."""
         if t < self.config.min_new_tokens:
-            logits = logits.index_fill(-1, torch.tensor(self.stop_tokens, device=logits.device), -math.inf)
+            stops = torch.tensor(self.stop_tokens, dtype=torch.long, device=logits.device)
+            logits = logits.index_fill(-1, stops, -math.inf)
         if self.config.top_k is not None:
             kept = logits.topk(min(self.config.top_k, logits.shape[-1])).indices
             logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
@@ -83,12 +97,15 @@ class SamplingLaw:
         return logits
 
     def ends(self, response: Sequence[int]) -> bool:
-        """Whether a response's last token completes a stop string."""
-        if not self._tail:
+        """Whether a response's last token completes a stop string, and the response is long enough to end."""
+        if not self._tail or len(response) < self.config.min_new_tokens:
             return False
         assert self.decode is not None
-        text = self.decode(response[-self._tail :])
-        return any(stop in text for stop in self.config.stop_strings)
+        tail = response[-self._tail :]
+        text = self.decode(tail)
+        # A character that lacks some of its bytes, which the last token may bring, is read as U+FFFD.
+        known = len(self.decode(tail[:-1]).rstrip("\ufffd"))
+        return any(stop in text and text.rindex(stop) + len(stop) > known for stop in self.config.stop_strings)
 
 
 def kept_set(logits: Tensor) -> Tensor:

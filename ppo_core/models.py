@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig
-from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, share, split
+from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, same_weights, share, split, without_dropout
 from ppo_core.errors import ConfigError
 from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
@@ -71,14 +71,16 @@ class ActorCritic(nn.Module):
     def __init__(
         self, model: Any, config: ModelConfig, reward_model: RewardModel | None = None, *, seed: int = 0
     ) -> None:
-        """`model` becomes the reference and is never changed; a peft adapter that it carries is merged into it first.
+        """`model` becomes the reference: its dropout is switched off, a peft adapter that it carries is merged into it.
+
+        After that it is never changed.
 
         `seed` is that of new adapters. Raises ConfigError if the model cannot be trained in this way, or a separate
         critic cannot start as `config.critic_start` says.
         """
         super().__init__()
         self.config = config
-        self.reference_model = model = without_adapter(model)
+        self.reference_model = model = without_dropout(without_adapter(model)).requires_grad_(False).eval()
         self.reference_head = LMHead(model)
         self.policy_head = self.reference_head
         if config.trainable == "top_layers":
@@ -91,7 +93,8 @@ class ActorCritic(nn.Module):
             else:
                 policy = copy.deepcopy(model)
                 self.policy, self.policy_head = Stack(policy.get_decoder()), LMHead(policy)
-        self.value_head = ValueHead(model.config.get_text_config().hidden_size)
+        # Not the hidden size of the configuration: OPT-350m projects what its layers return.
+        self.value_head = ValueHead(self.reference_head.linear.in_features)
         self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
         self._probe()
         self.sampler = Sampler(self.trunk, self.policy)
@@ -119,6 +122,10 @@ class ActorCritic(nn.Module):
                     f"{depth_of(self.reference)}",
                     _CRITIC_START,
                     "set it to policy, or reward_model.top_layers to ppo.model.top_layers",
+                )
+            elif not same_weights(reward_model.trunk, self.trunk):
+                raise ConfigError(
+                    "the reward model's layers read activations of another model", _CRITIC_START, "set it to policy"
                 )
             else:
                 start = reward_model.top

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ppo_core.decoder import depth_of
+from ppo_core.decoder import same_weights
 from ppo_core.law import SamplingLaw
 from ppo_core.models import ActorCritic
 from ppo_core.scorers import RewardModel
@@ -29,7 +29,7 @@ class ModelReward:
 
     def __init__(self, model: RewardModel, policy: ActorCritic) -> None:
         self.model = model
-        self.shares_trunk = policy.trunk is not None and depth_of(policy.trunk) == depth_of(model.trunk)
+        self.shares_trunk = policy.trunk is not None and same_weights(policy.trunk, model.trunk)
 
     @torch.no_grad()
     def __call__(self, samples: Samples, activations: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class _Record:
 
     def __init__(self, size: int, law: SamplingLaw, pad: int) -> None:
         steps = law.config.max_new_tokens
-        self.law, self.stop_tokens = law, torch.tensor(law.stop_tokens)
+        self.law, self.stop_tokens = law, torch.tensor(law.stop_tokens, dtype=torch.long)
         self.responses = torch.full((size, steps), pad, dtype=torch.long)
         self.mask = torch.zeros(size, steps, dtype=torch.bool)
         self.logprobs = torch.zeros(size, steps)
