@@ -1,7 +1,7 @@
 """One whole PPO iteration, written plainly in float64 from the papers, against `Trainer.step`.
 
 Nothing of ppo_core does any of the oracle's mathematics: each row goes alone through a plain transformers model, every
-sum is a Python loop over the tokens that were sampled, autograd gives the gradients, clipping and AdamW are written out.
+sum is a Python loop over the tokens that were sampled, gradients come from autograd, clipping and AdamW are spelt out.
 From ppo_core it takes the tokens that were sampled and the order of the minibatches, which are draws, not mathematics.
 """
 
@@ -163,7 +163,8 @@ class Oracle:
     @torch.no_grad()
     def targets(self) -> list[list[dict[str, float]]]:
         """For each token of each row what the whole update holds fast: old and reference log-probability and value,
-        advantage and return."""
+        advantage and return.
+        """
         reward, c = self.c.reward, self.c.advantages
         rows = []
         for row in self.rows:
