@@ -21,7 +21,7 @@ def experience(lengths: list[int], seed: int, score: float = 0.0) -> Experience:
     draw = torch.Generator().manual_seed(seed)
     n = len(lengths)
     mask = torch.arange(WIDTH) < torch.tensor(lengths).unsqueeze(1)
-    tokens = torch.randint(3, 5, (n, WIDTH + 2), generator=draw)
+    tokens = torch.randint(2, 4, (n, WIDTH + 2), generator=draw)
     sequences = Sequences(tokens, torch.cat([torch.ones(n, 2, dtype=torch.bool), mask], dim=1), prompt_length=2)
 
     def numbers(scale: float) -> Tensor:
