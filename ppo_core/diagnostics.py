@@ -63,6 +63,7 @@ def repetition(tokens: Tensor, mask: Tensor, n: int = 3) -> Tensor:
     """Share [B] of each response's n-grams that occurred in it before; 0 where there is none."""
     if tokens.shape[1] < n:
         return torch.zeros(len(tokens))
+    tokens = counted(tokens, mask)
     # An n-gram as one number: distinct numbers are distinct n-grams as long as vocabulary^n fits 63 bits.
     base = int(tokens.max()) + 1
     windows = tokens.unfold(1, n, 1)
@@ -103,6 +104,8 @@ def over_cycle(iterations: Sequence[Mapping[str, float]]) -> dict[str, float]:
             figures[name] = _pooled_std(name.removesuffix("_std"), present)
         else:
             figures[name] = float((_weights(name, present) * values).sum())
+    if "explained_variance" in figures:  # a ratio of variances; an advantage is what the value did not foresee
+        figures["explained_variance"] = 1 - figures["advantage_std"] ** 2 / max(figures["return_std"] ** 2, 1e-8)
     for phase in ("sample", "score", "update"):
         if seconds := figures.get(f"{phase}_s"):
             figures[f"{phase}_tokens_per_second"] = figures["tokens"] / seconds

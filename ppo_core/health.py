@@ -18,7 +18,9 @@ def symptoms(stats: Mapping[str, float], rollout_size: int, config: HealthConfig
     if stats["score_std"] < config.min_score_std:
         found["constant reward"] = "every response got the same score: check the reward model"
     if stats["empty"] > rollout_size / 2:
-        found["empty responses"] = "most responses end at once: check the prompts' format, or set a minimum length"
+        found["empty responses"] = (
+            "most responses end at once: check the prompts' format, or set ppo.sampling.min_new_tokens"
+        )
     if stats["entropy"] < config.min_entropy:
         found["collapsed policy"] = "it always says the same: raise ppo.reward.kl_coef or ppo.loss.entropy_coef"
     if stats["length"] < config.min_length:

@@ -16,6 +16,9 @@ from torch.nn.functional import logsigmoid
 from ppo_core.kl import kl_estimate
 from ppo_core.masking import counted, masked_mean
 
+_LARGE = 80.0
+"""A log-ratio far beyond every clip whose ratio is still finite in float32."""
+
 
 @dataclass(frozen=True)
 class PolicyLoss:
@@ -55,9 +58,9 @@ def policy_loss(
     """
     log_ratio = counted(logprobs - old_logprobs.detach(), mask)
     advantages = counted(advantages.detach(), mask)
-    # Without an advantage there is nothing to learn, whatever the ratio: 0 x inf would be NaN.
-    ratio = torch.where(advantages == 0, log_ratio.detach(), log_ratio).exp()
-    ratio = torch.where(advantages == 0, ratio.nan_to_num(posinf=torch.finfo(ratio.dtype).max), ratio)
+    # A ratio that a clip bounds, or that no advantage weighs, must not overflow: 0 x inf is NaN, backwards, too.
+    bounded = advantages >= 0 if dual_clip is None else torch.ones_like(mask)
+    ratio = torch.where(bounded, log_ratio.clamp(max=_LARGE), log_ratio).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(plain, clipped)

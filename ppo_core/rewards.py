@@ -72,6 +72,7 @@ def shape_rewards(
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
     dtype = torch.promote_types(torch.promote_types(scores.dtype, logprobs.dtype), torch.float32)
-    rewards = counted(-kl_coef * kl_estimate(logprobs.to(dtype), ref_logprobs.to(dtype), estimator), mask)
+    logprobs, ref_logprobs = counted(logprobs.to(dtype), mask), counted(ref_logprobs.to(dtype), mask)
+    rewards = -kl_coef * kl_estimate(logprobs, ref_logprobs, estimator)
     last = (mask.sum(dim=1) - 1).clamp(min=0)
     return rewards.scatter_add(1, last.unsqueeze(1), scores.to(dtype).unsqueeze(1))
