@@ -27,7 +27,6 @@ def arithmetic(name: str) -> torch.dtype:
     return torch.float32
 
 
-
 class MasterWeights:
     """Float32 copies of trained parameters, which collect gradients and are what the optimiser moves.
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-from ppo_core.decoder import without_dropout
+from ppo_core.decoder import Stack, without_dropout
+from ppo_core.sampling import Sampler
 
 VOCABULARY = 128
 _SMALL = {
@@ -67,3 +68,8 @@ def raw_model(family: str, seed: int = 0, **changes: Any) -> Any:
 def plain_model(family: str) -> Any:
     """`tiny_model(family)`, to be read and never changed: what the others are compared with."""
     return tiny_model(family)
+
+
+def sampler_of(model: Any) -> Sampler:
+    """A model that samples as it is, without a trunk of its own."""
+    return Sampler(None, Stack(model.get_decoder()))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import VOCABULARY, plain_model
+from families import VOCABULARY, plain_model, sampler_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import PROMPTS
@@ -60,7 +60,7 @@ def law(**option) -> SamplingLaw:
 def draw(prompts: list[list[int]], seeds=None, **option) -> Samples:
     model = plain_model("Llama")
     seeds = range(len(prompts)) if seeds is None else seeds
-    return sample(model.get_decoder(), model.lm_head, prompts, law(**option), seeds, pad=2)
+    return sample(sampler_of(model), model.lm_head, prompts, law(**option), seeds, pad=2)
 
 
 @pytest.fixture(scope="module")

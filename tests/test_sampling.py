@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from families import VOCABULARY, plain_model
+from families import VOCABULARY, plain_model, sampler_of, tiny_model
 from runs import PROMPTS
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_core.config import SamplingConfig
+from ppo_core.decoder import clone, split
 from ppo_core.law import SamplingLaw
 from ppo_core.rollout import text_attention
-from ppo_core.sampling import sample
+from ppo_core.sampling import Sampler, sample
 from ppo_core.tokens import encode_response
 from ppo_core.types import Samples
 
@@ -45,7 +46,9 @@ def say(rows: list[list[int]], *, stop_tokens=(EOS, STOP), pad: int = EOS, decod
     """What the sampler makes of a model that wants to say `rows`."""
     law = SamplingLaw(SamplingConfig.model_validate({"max_new_tokens": 6} | sampling), stop_tokens, decode)
     prompts = [PROMPTS[row % 4] for row in range(len(rows))]
-    return sample(plain_model("Llama").get_decoder(), Script(rows), prompts, law, range(len(rows)), pad)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppo_core.sampling.LEAVING", 0)  # every row stays where the script has it
+        return sample(sampler_of(plain_model("Llama")), Script(rows), prompts, law, range(len(rows)), pad)
 
 
 def responses(samples: Samples) -> list[list[int]]:
@@ -150,7 +153,7 @@ def test_a_row_does_not_depend_on_its_neighbours(option: dict, family: str):
     law = SamplingLaw(SamplingConfig.model_validate({"max_new_tokens": 8} | option), range(20, 100, 7), read)
 
     def draw(prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
-        return sample(model.get_decoder(), model.lm_head, prompts, law, seeds, 0)
+        return sample(sampler_of(model), model.lm_head, prompts, law, seeds, 0)
 
     together = draw(PROMPTS * 2, range(8))
     assert len({len(row) for row in responses(together)}) > 2
@@ -168,5 +171,25 @@ def test_a_row_does_not_depend_on_its_neighbours(option: dict, family: str):
 def test_a_row_draws_with_its_own_seed():
     model = plain_model("Llama")
     law = SamplingLaw(SamplingConfig(max_new_tokens=8), ())
-    rows = responses(sample(model.get_decoder(), model.lm_head, [PROMPTS[0]] * 3, law, [4, 5, 4], 0))
+    rows = responses(sample(sampler_of(model), model.lm_head, [PROMPTS[0]] * 3, law, [4, 5, 4], 0))
     assert rows[0] == rows[2] != rows[1]
+
+
+def test_what_the_trunk_said_while_sampling_is_what_it_says_of_the_sampler_of():
+    # Rows end at different lengths, so that they leave; by a stop token, by a string, and by the cut.
+    model = tiny_model("Llama")
+    trunk, top = split(model, 2)
+    settings = SamplingConfig(max_new_tokens=8, stop_strings=("a", "b", "c", "d"))
+    law = SamplingLaw(settings, range(20, 100, 7), read)
+    samples = sample(Sampler(trunk, clone(top)), model.lm_head, PROMPTS * 3, law, range(12), 0)
+    lengths = samples.sequences.mask.sum(dim=1)
+    by_string = samples.ended & (samples.text_lengths == lengths)
+    assert lengths.unique().numel() > 2
+    assert by_string.any()
+    assert (~samples.ended).any()
+    assert (samples.ended & ~by_string).any()
+    with torch.no_grad():
+        expected = trunk(samples.sequences.tokens, samples.sequences.attention)
+    text = text_attention(samples)  # all that the policy, the critic and the reward model read
+    assert samples.activations is not None
+    torch.testing.assert_close(samples.activations[text], expected[text], atol=1e-5, rtol=0)
