@@ -138,11 +138,12 @@ def _merge(adapter: Fetched, target: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             target, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
+        config.base_model_name_or_path = base.name_or_path  # peft would warn of the model's new place
         model = peft.get_peft_model(base, config)
         report = peft.set_peft_model_state_dict(model, load_file(adapter.path / ADAPTER_WEIGHTS))
         merged: Any = model.merge_and_unload()
     except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
-        what = f"cannot be merged into the policy: {str(error)[:300]}"
+        what = f"cannot be merged into the policy: {' '.join(str(error).split())[:300]}"
         raise DataError(what, adapter.label, "name the model that it was trained on as ingest.policy") from error
     # A name that only one of them has would be left out, or stay as it was drawn, without a word.
     strange = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
