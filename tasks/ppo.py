@@ -31,7 +31,7 @@ from tasks.fingerprint import environment, fingerprint
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
-from tasks.rewards import load_trained, new_reward
+from tasks.rewards import described, load_trained, new_reward
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
@@ -155,6 +155,7 @@ class PPORun:
         metrics = {
             "mlflow_run_id": self.tracker.run_id,
             "fingerprint": self.fingerprint,
+            "maximised": described(self.params, self.workspace),
             "cycles": len(records),
             "stopped_by": stopped_by,
             "result_cycle": result["cycle"],

@@ -32,6 +32,13 @@ def load_trained(params: Params, workspace: Workspace, base: Any) -> RewardModel
     return load_reward_model(workspace, base)
 
 
+def described(params: Params, workspace: Workspace) -> str:
+    """What PPO maximises, in words for a report."""
+    if params.ppo.reward.function is not None:
+        return f"the function {params.ppo.reward.function}, which stands for the reward model in the figures"
+    return "a ready-made reward model" if is_ready_made(workspace) else "the trained reward model"
+
+
 def new_reward(
     params: Params, workspace: Workspace, tokenizer: Any, model: ActorCritic, trained: RewardModel | None
 ) -> RewardFunction:
