@@ -1,4 +1,4 @@
-"""Models that give a text one score: the reward model, on the policy's trunk, and encoders (the judge).
+"""Models that give a text one score: the reward model, on the policy's trunk, encoders (the judge), ready-made ones.
 
 Scores are in standard deviations of human-written text once `calibrate` has seen some. Shapes: B batch, T position, D
 width.
@@ -15,22 +15,16 @@ from torch import Tensor, nn
 from ppo_core.decoder import Stack
 
 
-class ScoreHead(nn.Module):
-    """A linear read-out [.., D] -> [..] in float32, zero at first, with the scale that human text fixes."""
+class Scale(nn.Module):
+    """Mean and standard deviation that raw scores are measured in: those of human text."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear(hidden.float()).squeeze(-1)
 
     def normalise(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.std
@@ -41,12 +35,30 @@ class ScoreHead(nn.Module):
         self.std.copy_(raw.std(correction=0).clamp(min=1e-6))
 
 
-class TextScorer(Protocol):
-    """What preference training needs: raw scores of tokenised texts, with a gradient."""
+class ScoreHead(Scale):
+    """A linear read-out [.., D] -> [..] in float32, zero at first, with its scale."""
 
-    head: ScoreHead
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden.float()).squeeze(-1)
+
+
+class Scorer(Protocol):
+    """Raw scores [N] of tokenised texts, and the scale that they are brought to."""
+
+    @property
+    def head(self) -> Scale: ...
 
     def raw(self, texts: Sequence[Sequence[int]]) -> Tensor: ...
+
+
+class TextScorer(Scorer, Protocol):
+    """What preference training needs: raw scores with a gradient, and the weights that it moves."""
 
     def trained(self) -> list[nn.Parameter]: ...
 
@@ -112,7 +124,29 @@ class EncoderScorer(nn.Module):
         return self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
 
 
-def raw_scores(scorer: TextScorer, texts: Sequence[Sequence[int]], bucket: int = 16) -> Tensor:
+class ReadyScorer(nn.Module):
+    """A ready-made reward model: a sequence classifier of transformers with one label. Only its scale is state."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        # Held in a tuple: its weights lie elsewhere, and are no part of this one's state.
+        self._classifier = (classifier,)
+        self.head = Scale()
+
+    @property
+    def classifier(self) -> Any:
+        return self._classifier[0]
+
+    @torch.no_grad()
+    def raw(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        pad = self.classifier.config.get_text_config().pad_token_id
+        # Where there is no padding token, transformers reads the last place of a row, whatever stands there.
+        batches = [pad_right([text], 0) for text in texts] if pad is None else [pad_right(texts, pad)]
+        logits = [self.classifier(input_ids=ids, attention_mask=there.long()).logits for ids, there in batches]
+        return torch.cat(logits).squeeze(-1).float()
+
+
+def raw_scores(scorer: Scorer, texts: Sequence[Sequence[int]], bucket: int = 16) -> Tensor:
     """Raw scores [N], computed in buckets of similar length so that little is padded."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     buckets = [order[start : start + bucket] for start in range(0, len(order), bucket)]
@@ -121,6 +155,6 @@ def raw_scores(scorer: TextScorer, texts: Sequence[Sequence[int]], bucket: int =
 
 
 @torch.no_grad()
-def score_texts(scorer: TextScorer, texts: Sequence[Sequence[int]]) -> Tensor:
+def score_texts(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Tensor:
     """Normalised scores [N] of tokenised texts, in standard deviations of human-written text."""
     return scorer.head.normalise(raw_scores(scorer, texts, bucket=32))

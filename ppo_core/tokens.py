@@ -26,7 +26,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, format: str) 
     Raises ValueError for a conversation that the template refuses.
     """
     if format == "chat":
-        return _encode_chat(tokenizer, json.loads(prompt))
+        return _encode_chat(tokenizer, json.loads(prompt), reply=True)
     if format != "text":
         raise ValueError(f"format is {format!r}, must be 'text' or 'chat'")
     start = tokenizer.bos_token_id
@@ -34,6 +34,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, format: str) 
         # Something must come first, and what ends a document comes closest to what begins one.
         start = tokenizer.eos_token_id
     return [*([] if start is None else [start]), *encode_response(tokenizer, prompt)]
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
+    """Token ids of a chat prompt and the assistant's reply to it, in the model's own template.
+
+    Raises ValueError for a conversation that the template refuses.
+    """
+    return _encode_chat(tokenizer, [*json.loads(prompt), {"role": "assistant", "content": response}], reply=False)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -48,14 +56,17 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """Render the template with places instead of contents, then encode template and contents each in its own way."""
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, reply: bool) -> list[int]:
+    """Render the template with places instead of contents, then encode template and contents each in its own way.
+
+    `reply`: whether the assistant's begins behind them.
+    """
     for message in messages:
         if message["role"] not in ROLES:
             raise ValueError(f"role {message['role']!r} is none of {', '.join(ROLES)}")
     places = [{"role": message["role"], "content": _PLACE.format(i)} for i, message in enumerate(messages)]
     try:
-        rendered = tokenizer.apply_chat_template(places, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(places, add_generation_prompt=reply, tokenize=False)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
     ids: list[int] = []

@@ -12,22 +12,39 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
 
 from tasks.errors import ConfigError, DataError
 from tasks.params import IngestParams
 from tasks.sources import MODEL_FILES, Fetched, digest
 from tasks.workspace import Workspace
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""How peft calls the files of an adapter."""
+
 log = logging.getLogger(__name__)
 
 
-def write_policy(fetched: Fetched, target: Path, params: IngestParams, workspace: Workspace) -> Any:
-    """Write the policy to the folder `target` and return its tokenizer. Raises DataError, ConfigError."""
+def write_policy(
+    fetched: Fetched, target: Path, params: IngestParams, workspace: Workspace, adapter: Fetched | None = None
+) -> Any:
+    """Write the policy, `adapter` merged into it, to the folder `target`; returns its tokenizer.
+
+    Raises DataError, ConfigError.
+    """
     if fetched.path.suffix == ".gguf":
         shutil.copytree(_converted(fetched.path, workspace.downloads), target)
     else:
-        _copy(fetched, target)
+        _copy(fetched, target, adapter)
+    if adapter is not None:
+        _merge(adapter, target)
     try:
         config = AutoConfig.from_pretrained(target, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
@@ -51,12 +68,45 @@ def write_judge(fetched: Fetched, target: Path) -> None:
         raise DataError(f"does not load: {error}", fetched.label, "check the folder") from error
 
 
-def _copy(fetched: Fetched, target: Path) -> None:
+def write_reward(fetched: Fetched | None, target: Path) -> None:
+    """Copy the ready-made reward model to the folder `target`; without one the folder says just that. Raises DataError.
+
+    (It is there in either case because DVC wants the outputs of a stage to exist.)
+    """
+    if fetched is None:
+        target.mkdir()
+    else:
+        _copy(fetched, target)
+        _check_reward(target, fetched.label)
+    source = {"ready_made": fetched.label if fetched else None}
+    (target / "source.json").write_text(json.dumps(source), encoding="utf-8")
+
+
+def _check_reward(folder: Path, label: str) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"does not load as a sequence classifier: {error}", label, "check the folder") from error
+    if config.num_labels != 1:
+        raise DataError(f"has {config.num_labels} labels", label, "name a reward model: a classifier with one label")
+    _check_whole(report, label)
+
+
+def _copy(fetched: Fetched, target: Path, adapter: Fetched | None = None) -> None:
     if not fetched.path.is_dir():
         raise DataError(
             "is neither a .gguf file nor a folder", fetched.label, "name a folder in the transformers format"
         )
+    if (fetched.path / ADAPTER_CONFIG).exists() and adapter is None:
+        # transformers would load it unasked, on whatever model its settings name.
+        mend = "name it as ingest.adapter, beside the model that it belongs to, or merge it and save the whole model"
+        raise DataError("holds a peft adapter", fetched.label, mend)
     files = [file for pattern in MODEL_FILES for file in sorted(fetched.path.glob(pattern))]
+    files = [file for file in files if file.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
         raise DataError(
@@ -73,6 +123,40 @@ def _copy(fetched: Fetched, target: Path) -> None:
     target.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, target / file.name)
+
+
+def _merge(adapter: Fetched, target: Path) -> None:
+    """Merge a LoRA adapter into the model in `target`, in float32. A tokenizer that lies beside it comes along."""
+    import peft  # takes a second
+
+    if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter.path / name).is_file()]:
+        raise DataError(f"holds no {' and no '.join(missing)}", adapter.label, "name a folder that peft has saved")
+    try:
+        config = peft.PeftConfig.from_pretrained(adapter.path)
+        if config.peft_type != peft.PeftType.LORA:
+            raise DataError(f"is an adapter of the kind {config.peft_type}", adapter.label, "only LoRA can be merged")
+        base = AutoModelForCausalLM.from_pretrained(
+            target, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        config.base_model_name_or_path = base.name_or_path  # peft would warn of the model's new place
+        model = peft.get_peft_model(base, config)
+        report = peft.set_peft_model_state_dict(model, load_file(adapter.path / ADAPTER_WEIGHTS))
+        merged: Any = model.merge_and_unload()
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
+        what = f"cannot be merged into the policy: {' '.join(str(error).split())[:300]}"
+        raise DataError(what, adapter.label, "name the model that it was trained on as ingest.policy") from error
+    # A name that only one of them has would be left out, or stay as it was drawn, without a word.
+    strange = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
+    if strange:
+        mend = "name the model that it was trained on as ingest.policy"
+        raise DataError(f"does not fit the policy: {', '.join(sorted(strange)[:5])}", adapter.label, mend)
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = False  # an adapter can part them
+    for file in target.glob("*.safetensors*"):
+        file.unlink()
+    merged.save_pretrained(target)
+    if (adapter.path / "tokenizer_config.json").exists():  # it may have brought the chat template
+        AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=False).save_pretrained(target)
 
 
 def _converted(gguf: Path, downloads: Path) -> Path:

@@ -19,7 +19,8 @@ from ppo_core.seeds import derive
 from tasks import report
 from tasks.errors import DataError, TrainingHealthError
 from tasks.params import Params
-from tasks.responses import Responders, Responses
+from tasks.responders import Responders
+from tasks.responses import Responses
 from tasks.stages import StageResult
 from tasks.statistics import (
     Interval,

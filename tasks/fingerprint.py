@@ -12,22 +12,29 @@ from typing import Any
 import torch
 
 from ppo_core.checkpoint import sha256
+from tasks.own_function import source_file
 from tasks.params import Params, dump_params
 from tasks.workspace import Workspace
 
 WHEN_TO_STOP = ("cycles", "target", "kl_budget")
 """Parameters of the ppo section that decide where a run ends, not where it goes: changing them continues it."""
-CODE = ("ppo_core", "tasks/ppo.py", "tasks/responses.py", "tasks/preference_models.py", "tasks/statistics.py")
+CODE = (
+    "ppo_core",
+    *(f"tasks/{name}.py" for name in ("own_function", "ppo", "preference_models", "responses", "rewards")),
+    *(f"tasks/{name}.py" for name in ("statistics", "training_texts")),
+)
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
 def fingerprint(params: Params, workspace: Workspace) -> str:
     """16 hex digits over parameters, inputs and code of the ppo stage."""
-    plain = dump_params(params)
+    plain, named = dump_params(params), params.ppo.reward.function
     ppo = {key: value for key, value in plain["ppo"].items() if key not in WHEN_TO_STOP}
     inputs = [
         workspace.prompts,
+        workspace.pairs,
         *sorted(workspace.base_model.rglob("*")),
+        *sorted(workspace.reward_base.rglob("*")),
         *sorted(workspace.reward_model.rglob("*")),
         *sorted(workspace.judge_base.rglob("*")),
         *sorted(workspace.judge.rglob("*")),
@@ -36,6 +43,7 @@ def fingerprint(params: Params, workspace: Workspace) -> str:
         "seed": params.seed,
         "ppo": ppo,
         "inputs": {str(path.relative_to(workspace.root)): sha256(path) for path in inputs if path.is_file()},
+        "function": named and sha256(source_file(named, workspace.own_data)),
         "code": {name: sha256(path) for name, path in _code_files().items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.base_models import write_judge, write_policy
+from tasks.base_models import write_judge, write_policy, write_reward
 from tasks.canonical import Feedback, Lengths, build, without_duplicates
 from tasks.errors import DataError
 from tasks.formats import RatedText, read_feedback, read_rated_tables
@@ -39,14 +39,17 @@ class _Read:
 
 
 def run(params: Params, workspace: Workspace) -> StageResult:
-    """Write data/canonical, models/base and models/judge_base; on any error what was there before stays as it was."""
+    """Write data/canonical and models/*base; on any error what was there before stays as it was."""
     ingest = params.ingest
     with _scratch(workspace) as scratch:
-        base, judge_base, canonical = scratch / "base", scratch / "judge_base", scratch / "canonical"
-        policy = fetch(ingest.policy, workspace, scratch)
-        lengths = Lengths(write_policy(policy, base, ingest, workspace))
-        judge = fetch(ingest.judge, workspace, scratch)
-        write_judge(judge, judge_base)
+        base, canonical = scratch / "base", scratch / "canonical"
+        judge_base, reward_base = scratch / "judge_base", scratch / "reward_base"
+        named = {"policy": ingest.policy, "adapter": ingest.adapter, "judge": ingest.judge, "reward": ingest.reward}
+        sources = {name: source for name, source in named.items() if source is not None}
+        models = {name: fetch(source, workspace, scratch) for name, source in sources.items()}
+        lengths = Lengths(write_policy(models["policy"], base, ingest, workspace, models.get("adapter")))
+        write_judge(models["judge"], judge_base)
+        write_reward(models.get("reward"), reward_base)
         read = [_read(source, ingest, workspace, scratch, lengths) for source in ingest.data]
         feedback = without_duplicates(item for part in read for item in part.items)
         pairs, prompts = map(pd.DataFrame, build(feedback, ingest, params.seed, lengths))
@@ -54,12 +57,12 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         pairs.to_parquet(canonical / workspace.pairs.name, index=False)
         prompts.to_parquet(canonical / workspace.prompts.name, index=False)
         origins = [
-            _origin("policy", ingest.policy, policy),
-            _origin("judge", ingest.judge, judge),
+            *(_origin(name, sources[name], fetched) for name, fetched in models.items()),
             *map(_data_origin, read),
         ]
         (canonical / workspace.provenance.name).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
-        places = {canonical: workspace.canonical, base: workspace.base_model, judge_base: workspace.judge_base}
+        places = {canonical: workspace.canonical, base: workspace.base_model}
+        places |= {judge_base: workspace.judge_base, reward_base: workspace.reward_base}
         _put_in_place(places, scratch)
     return _result(read, len(feedback), pairs, prompts)
 
@@ -121,7 +124,7 @@ def _origin(name: str, source: SourceParams, fetched: Fetched) -> dict[str, Any]
         "sha256": fetched.sha256,
         "licence": source.licence,
         "rows": None,
-        "format": "gguf" if fetched.path.suffix == ".gguf" else "transformers",
+        "format": "peft" if name == "adapter" else "gguf" if fetched.path.suffix == ".gguf" else "transformers",
     }
 
 

@@ -56,7 +56,8 @@ def _what(evidence: Evidence) -> str:
     ppo = evidence.metrics["ppo"]
     return (
         f"A language model aligned to human preferences with PPO: cycle {show(ppo.get('result_cycle'))} of "
-        f"{show(ppo.get('cycles'))}, training ended by {show(ppo.get('stopped_by'))}."
+        f"{show(ppo.get('cycles'))}, training ended by {show(ppo.get('stopped_by'))}. It maximised "
+        f"{markdown_text(str(ppo.get('maximised')))}."
     )
 
 
@@ -94,7 +95,7 @@ def _results(evidence: Evidence) -> str:
 
 
 def _preferences(evidence: Evidence) -> str:
-    names = {"reward": "Reward model, which PPO maximised", "judge": "Judge, which trained nothing"}
+    names = {"reward": "Reward model", "judge": "Judge, which trained nothing"}
     found = evidence.metrics["reward_model"]
     rows = [
         [

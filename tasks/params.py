@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ppo_core.config import Count, Fraction, Positive, PPOConfig, Section
+from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
 from tasks.errors import ConfigError, Problem
 
 Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-]+@[\w.-]+|file:.+)$")]
@@ -104,8 +104,12 @@ class SplitParams(Section):
 class IngestParams(Section):
     policy: SourceParams
     """The model to align: a GGUF file, or a folder in the transformers format."""
+    adapter: SourceParams | None = None
+    """A peft folder (LoRA, from supervised fine-tuning) that is merged into the policy; the reference then has it."""
     judge: SourceParams
     """The model that becomes the judge: an encoder in the transformers format."""
+    reward: SourceParams | None = None
+    """A ready-made reward model, in place of one that is trained: a sequence classifier of transformers, one label."""
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Human feedback."""
     pairing: PairingParams = PairingParams()
@@ -138,7 +142,7 @@ class PreferenceTraining(Section):
     learning_rate: Positive = 1.0e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_tokens: Annotated[int, Field(ge=8)] = 256
-    """Longer texts are cut on the left, so that their end is read."""
+    """Longer texts are cut on the left, so that their end is read. (Of a ready-made reward model this alone counts.)"""
 
 
 class RewardModelParams(Section):
@@ -163,9 +167,18 @@ class TargetParams(Section):
     """For how many cycles in a row."""
 
 
+class RewardParams(RewardConfig):
+    """The reward of the algorithm, and where its scores are from."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = None
+    """`module:function`: a Python function of prompts and responses that scores in place of the reward model. The
+    module is a file in data/own, or installed."""
+
+
 class PPOParams(PPOConfig):
     """The PPO stage: the algorithm, and when its cycles stop."""
 
+    reward: RewardParams = RewardParams()
     cycles: Count = 8
     """At most this many. Raising it continues a finished run."""
     target: TargetParams | None = TargetParams()

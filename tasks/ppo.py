@@ -24,18 +24,18 @@ from tqdm import tqdm
 from ppo_core.checkpoint import load_plain, load_tensors, save_checkpoint, verify_checkpoint
 from ppo_core.diagnostics import over_cycle
 from ppo_core.models import ActorCritic
-from ppo_core.rollout import ModelReward
-from ppo_core.tokens import encode_prompt
 from ppo_core.trainer import Trainer
 from ppo_core.weights import install
-from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
+from tasks.errors import IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.fingerprint import environment, fingerprint
 from tasks.params import Params
-from tasks.preference_models import load_base, load_reward_model, load_tokenizer
+from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
+from tasks.rewards import described, load_trained, new_reward
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
+from tasks.training_texts import preferred_texts, training_prompts
 from tasks.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ class PPORun:
         metrics = {
             "mlflow_run_id": self.tracker.run_id,
             "fingerprint": self.fingerprint,
+            "maximised": described(self.params, self.workspace),
             "cycles": len(records),
             "stopped_by": stopped_by,
             "result_cycle": result["cycle"],
@@ -172,20 +173,23 @@ class PPORun:
         if self._trainer is None:
             params, workspace = self.params, self.workspace
             base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
-            reward_model = load_reward_model(workspace, base)
+            context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+            prompts, ptx = (f(params, workspace, tokenizer, context) for f in (training_prompts, preferred_texts))
+            reward_model = load_trained(params, workspace, base)
             model = ActorCritic(base, params.ppo.model, reward_model, seed=params.seed)
-            reward = ModelReward(reward_model, model)
+            reward = new_reward(params, workspace, tokenizer, model, reward_model)
             self.examiner = Examiner(params, workspace, reward, tokenizer)
             # Asked before any state is loaded, the policy is the reference.
             self.before = self.examiner.ask(model, "dev")
             trainer = Trainer(
                 model,
                 reward,
-                _training_prompts(params, workspace, tokenizer, base.config),
+                prompts,
                 params.ppo,
                 seed=params.seed,
                 law=self.examiner.law,
                 pad=tokenizer.pad_token_id,
+                ptx=ptx,
             )
             if self.records:
                 self._load_state(trainer)
@@ -272,19 +276,3 @@ def _refuse_non_finite(record: Record) -> None:
         raise TrainingHealthError(
             f"not finite: {', '.join(broken)}", f"cycle {record['cycle']}", "lower ppo.update.learning_rate"
         )
-
-
-def _training_prompts(params: Params, workspace: Workspace, tokenizer: Any, config: Any) -> list[list[int]]:
-    rows = pd.read_parquet(workspace.prompts)
-    rows = rows[rows.split == "ppo"]
-    if rows.empty:
-        raise ConfigError("has no prompts to train on", f"{workspace.prompts}:split", "give ingest more texts")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and params.ingest.max_prompt_tokens + params.ppo.sampling.max_new_tokens > context:
-        raise ConfigError(
-            f"prompts of up to {params.ingest.max_prompt_tokens} tokens and responses of "
-            f"{params.ppo.sampling.max_new_tokens} exceed the model's context of {context}",
-            "ppo.sampling.max_new_tokens",
-            "lower it, or ingest.max_prompt_tokens",
-        )
-    return [encode_prompt(tokenizer, p, f) for p, f in zip(rows["prompt"], rows["format"], strict=True)]

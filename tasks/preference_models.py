@@ -1,4 +1,4 @@
-"""Reward model and judge on disk, and the texts that they read."""
+"""Reward model, trained or ready-made, and judge on disk, and the texts that they read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_core.checkpoint import sha256
 from ppo_core.decoder import clone, load_causal_lm, split, without_dropout
 from ppo_core.preferences import Pairs
-from ppo_core.scorers import EncoderScorer, RewardModel, score_texts
-from ppo_core.tokens import encode_prompt, encode_response
-from tasks.errors import IntegrityError
+from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, score_texts
+from ppo_core.tokens import encode_conversation, encode_prompt, encode_response
+from tasks.errors import DataError, IntegrityError
 from tasks.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
@@ -47,6 +47,26 @@ def load_reward_model(workspace: Workspace, base: Any) -> RewardModel:
     scorer = new_reward_model(base, facts["top_layers"])
     _load(scorer, workspace.reward_model, facts)
     return scorer
+
+
+def is_ready_made(workspace: Workspace) -> bool:
+    """Whether the reward model was not trained here, but brought by ingest."""
+    source = json.loads((workspace.reward_base / "source.json").read_text(encoding="utf-8"))
+    return source["ready_made"] is not None
+
+
+def new_ready_reward(workspace: Workspace, dtype: str) -> tuple[ReadyScorer, Any]:
+    """The ready-made reward model, its scale not yet fixed, and its tokenizer, which cuts on the left."""
+    tokenizer = load_tokenizer(workspace.reward_base)
+    tokenizer.truncation_side = "left"
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        workspace.reward_base,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return ReadyScorer(without_dropout(classifier).requires_grad_(False).eval()), tokenizer
 
 
 def new_judge(folder: Path) -> EncoderScorer:
@@ -95,8 +115,26 @@ class Judge:
         return score_texts(self.scorer, [judge_tokens(self.tokenizer, t, self.max_tokens) for t in texts]).numpy()
 
 
+class ReadyReward:
+    """A ready-made reward model; its scores are in standard deviations of human-written text."""
+
+    def __init__(self, workspace: Workspace, dtype: str) -> None:
+        facts = json.loads((workspace.reward_model / "facts.json").read_text(encoding="utf-8"))
+        self.max_tokens = facts["max_tokens"]
+        self.scorer, self.tokenizer = new_ready_reward(workspace, dtype)
+        _load(self.scorer, workspace.reward_model, facts)
+
+    def score(self, prompts: Sequence[str], formats: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One score for each response."""
+        rows = zip(prompts, formats, responses, strict=True)
+        scores: list[float] = score_texts(
+            self.scorer, [ready_tokens(self.tokenizer, *row, self.max_tokens) for row in rows]
+        ).tolist()
+        return scores
+
+
 def judge_text(prompt: str, text_format: str, response: str) -> str:
-    """What the judge reads: the text as a whole, or the conversation with its roles spelt out."""
+    """A response in its place: the text as a whole, or the conversation with its roles spelt out."""
     if text_format == "text":
         return prompt + response
     turns = [f"{turn['role']}: {turn['content']}" for turn in json.loads(prompt)]
@@ -114,6 +152,23 @@ def reward_tokens(tokenizer: Any, prompt: str, text_format: str, response: str, 
     """Prompt and response as the policy sees them, without EOS; a longer text loses its beginning."""
     tokens = [*encode_prompt(tokenizer, prompt, text_format), *encode_response(tokenizer, response)]
     return tokens[-max_tokens:]
+
+
+def ready_tokens(tokenizer: Any, prompt: str, text_format: str, response: str, max_tokens: int) -> list[int]:
+    """Prompt and response as a ready-made reward model knows texts; a longer text loses its beginning.
+
+    A conversation goes through the model's own chat template, or with the roles spelt out where it has none. Raises
+    DataError for one that the template refuses.
+    """
+    if text_format == "chat" and tokenizer.chat_template:
+        try:
+            return encode_conversation(tokenizer, prompt, response)[-max_tokens:]
+        except ValueError as error:
+            mend = "choose a reward model whose template takes such conversations"
+            raise DataError(str(error), f"ingest.reward, prompt {prompt:.80}", mend) from error
+    text = judge_text(prompt, text_format, response)
+    ids: list[int] = tokenizer(text, split_special_tokens=True, truncation=True, max_length=max_tokens)["input_ids"]
+    return ids
 
 
 def tokenise_pairs(frame: pd.DataFrame, encode: Any) -> Pairs:

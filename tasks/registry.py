@@ -26,7 +26,7 @@ from tasks.workspace import Workspace
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 _CODE = Path(__file__).with_name("cycle_model.py")
-_TOKENS = Path(ppo_core.__file__).with_name("tokens.py")
+_TOKENS, _INSTALL = (Path(ppo_core.__file__).with_name(name) for name in ("tokens.py", "weights.py"))
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "jinja2")
 
 
@@ -44,7 +44,7 @@ def log_cycle_model(
     with tempfile.TemporaryDirectory() as folder:
         description = Path(folder) / "base.json"
         description.write_text(json.dumps(base, indent=2), encoding="utf-8")
-        artifacts = {"weights": weights, "base": description}
+        artifacts = {"weights": weights, "install": _INSTALL, "base": description}
         return log_model(client, run, f"policy-cycle-{cycle}", artifacts, sampling, cycle)
 
 
@@ -164,7 +164,12 @@ def _signature(sampling: SamplingConfig) -> ModelSignature:
     text = Schema([ColSpec(DataType.string)])
     params = [
         ParamSpec("max_new_tokens", DataType.long, sampling.max_new_tokens),
+        ParamSpec("min_new_tokens", DataType.long, sampling.min_new_tokens),
         ParamSpec("temperature", DataType.double, sampling.temperature),
+        ParamSpec("top_k", DataType.long, sampling.top_k or 0),
+        ParamSpec("top_p", DataType.double, sampling.top_p or 1.0),
+        ParamSpec("stop_tokens", DataType.string, list(sampling.stop_tokens), shape=(-1,)),
+        ParamSpec("stop_strings", DataType.string, list(sampling.stop_strings), shape=(-1,)),
         ParamSpec("seed", DataType.long, 0),
     ]
     return ModelSignature(text, text, ParamSchema(params))

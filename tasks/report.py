@@ -173,7 +173,8 @@ def _pictures(evaluation: Evaluation, params: Params) -> dict[str, Figure]:
 def _results(evaluation: Evaluation) -> list[Section]:
     metrics, ppo = evaluation.metrics, evaluation.ppo
     course = (
-        f"Training ended after cycle {ppo['cycles']}, with {ENDINGS[ppo['stopped_by']]}. "
+        f"Training maximised {ppo['maximised']}. It ended after cycle {ppo['cycles']}, with "
+        f"{ENDINGS[ppo['stopped_by']]}. "
         f"Cycle {ppo['result_cycle']} is the result."
     )
     repeated = (

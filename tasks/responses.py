@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from ppo_core.decoder import load_causal_lm
 from ppo_core.law import SamplingLaw
 from ppo_core.masking import counted, masked_mean
 from ppo_core.models import ActorCritic
-from ppo_core.rollout import ModelReward, RewardFunction, score_all
+from ppo_core.rollout import RewardFunction, score_all
 from ppo_core.sampling import sample
 from ppo_core.seeds import derive
 from ppo_core.tokens import decode, encode_prompt
 from ppo_core.types import Rollout
 from tasks.errors import DataError
 from tasks.params import Params
-from tasks.preference_models import Judge, judge_text, load_base, load_reward_model, load_tokenizer
+from tasks.preference_models import Judge, judge_text
 from tasks.workspace import Workspace
 
 BATCH = 64
@@ -86,8 +83,8 @@ class Examiner:
         seeds = [derive(self.params.seed, "examine", split, row) for row in rows]
         samples = sample(model.sampler, model.policy_head, prompts, self.law, seeds, self.tokenizer.pad_token_id)
         rollout = score_all(model, self.reward, samples, self.law, self.params.ppo.update.micro_batch)
-        answers = zip(samples.sequences.responses, samples.sequences.mask, strict=True)
-        texts = [decode(self.tokenizer, ids[mask].tolist()) for ids, mask in answers]
+        answers = zip(samples.sequences.responses.tolist(), samples.text_lengths.tolist(), strict=True)
+        texts = [decode(self.tokenizer, ids[:length]) for ids, length in answers]
         return _figures(rollout) | {"texts": np.array(texts, dtype=object)}
 
 
@@ -102,31 +99,3 @@ def _figures(rollout: Rollout) -> dict[str, np.ndarray]:
         "ended": rollout.ended,
     }
     return {name: tensor.numpy() for name, tensor in figures.items()}
-
-
-class Responders:
-    """Reference and aligned policy, as the evaluate stage asks them."""
-
-    def __init__(self, params: Params, workspace: Workspace) -> None:
-        base = load_base(workspace, params.ppo.model.dtype)
-        self.workspace = workspace
-        self.model = ActorCritic(base, params.ppo.model)
-        self.start = {name: p.clone() for name, p in self.model.policy_weights().items()}
-        self.dtype = params.ppo.model.dtype
-        reward = ModelReward(load_reward_model(workspace, base), self.model)
-        self.examiner = Examiner(params, workspace, reward, load_tokenizer(workspace.base_model))
-
-    def reference(self, split: str) -> Responses:
-        """The model before training: the policy as it starts."""
-        self._become(self.start)
-        return self.examiner.ask(self.model, split)
-
-    def policy(self, split: str) -> Responses:
-        """The aligned policy in models/policy."""
-        self._become(load_causal_lm(self.workspace.policy, getattr(torch, self.dtype)).state_dict())
-        return self.examiner.ask(self.model, split)
-
-    @torch.no_grad()
-    def _become(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.model.policy_weights().items():
-            parameter.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""Stage 3: the reward model that PPO maximises, and the judge that checks it, on disjoint texts."""
+"""Stage 3: the reward model that PPO maximises, trained or ready-made, and the judge that checks it, on other texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ppo_core.preferences import Pairs, fit
-from ppo_core.scorers import EncoderScorer, RewardModel, TextScorer, score_texts
+from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, Scorer, TextScorer, score_texts
 from ppo_core.seeds import derive
 from tasks import preference_models as models
 from tasks.errors import ConfigError, TrainingHealthError
@@ -20,24 +20,51 @@ from tasks.stages import StageResult
 from tasks.statistics import accuracy_interval, by_margin, expected_calibration_error, rater_ceiling
 from tasks.workspace import Workspace
 
+Encode = Callable[[str, str, str], list[int]]
+"""Prompt, format and response to token ids."""
+
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0)
 
 
 def run(params: Params, workspace: Workspace) -> StageResult:
-    """Train both, measure them on texts held out from each, and fail under the accuracy that params ask for."""
+    """Train both, measure them on texts held out from each, and fail under the accuracy that params ask for.
+
+    A ready-made reward model is only measured, and its scale fixed.
+    """
     pairs = pd.read_parquet(workspace.pairs)
-    reward_model, reward = _train_reward_model(params, workspace, pairs)
+    ready_made = models.is_ready_made(workspace)
+    reward_model: RewardModel | ReadyScorer
+    reward_model, reward = (_measure_ready_made if ready_made else _train_reward_model)(params, workspace, pairs)
     judge_model, judge = _train_judge(params, workspace, pairs)
     metrics = {"reward": reward, "judge": judge}
     write_report(metrics, workspace)
-    _check(metrics, params)  # before anything that was there is replaced
-    models.save_scorer(reward_model, workspace.reward_model, {"top_layers": params.reward_model.top_layers})
+    _check(metrics, params, ready_made)  # before anything that was there is replaced
+    form = (
+        {"max_tokens": params.reward_model.reward.max_tokens}
+        if ready_made
+        else {"top_layers": params.reward_model.top_layers}
+    )
+    models.save_scorer(reward_model, workspace.reward_model, {"ready_made": ready_made} | form)
     models.save_scorer(judge_model, workspace.judge, {"max_tokens": params.reward_model.judge.max_tokens})
     return StageResult(
         metrics,
         f"held-out accuracy at a rating gap of {params.reward_model.accuracy_gap:g} or more: "
-        f"reward model {reward['accuracy']:.3f}, judge {judge['accuracy']:.3f}",
+        f"{'ready-made ' if ready_made else ''}reward model {reward['accuracy']:.3f}, judge {judge['accuracy']:.3f}",
     )
+
+
+def _measure_ready_made(
+    params: Params, workspace: Workspace, pairs: pd.DataFrame
+) -> tuple[ReadyScorer, dict[str, Any]]:
+    most = params.reward_model.reward.max_tokens
+    scorer, tokenizer = models.new_ready_reward(workspace, params.ppo.model.dtype)
+    config = scorer.classifier.config.get_text_config()
+    _check_reads("reward", most, min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", most)))
+
+    def encode(prompt: str, form: str, text: str) -> list[int]:
+        return models.ready_tokens(tokenizer, prompt, form, text, most)
+
+    return scorer, _measure("reward", scorer, pairs, encode, params)
 
 
 def _train_reward_model(
@@ -47,58 +74,42 @@ def _train_reward_model(
     tokenizer = models.load_tokenizer(workspace.base_model)
     base = models.load_base(workspace, params.ppo.model.dtype)
     scorer = models.new_reward_model(base, params.reward_model.top_layers)
-    metrics = _train(
-        "reward",
-        scorer,
-        pairs,
-        lambda prompt, form, text: models.reward_tokens(tokenizer, prompt, form, text, training.max_tokens),
-        params,
-        training,
-    )
-    return scorer, metrics
+
+    def encode(prompt: str, form: str, text: str) -> list[int]:
+        return models.reward_tokens(tokenizer, prompt, form, text, training.max_tokens)
+
+    _train("reward", scorer, pairs, encode, params, training)
+    return scorer, _measure("reward", scorer, pairs, encode, params)
 
 
 def _train_judge(params: Params, workspace: Workspace, pairs: pd.DataFrame) -> tuple[EncoderScorer, dict[str, Any]]:
     training = params.reward_model.judge
     tokenizer = models.load_tokenizer(workspace.judge_base)
     scorer = models.new_judge(workspace.judge_base)
-    if training.max_tokens > (limit := scorer.encoder.config.max_position_embeddings):
+    _check_reads("judge", training.max_tokens, scorer.encoder.config.max_position_embeddings)
+
+    def encode(prompt: str, form: str, text: str) -> list[int]:
+        return models.judge_tokens(tokenizer, models.judge_text(prompt, form, text), training.max_tokens)
+
+    _train("judge", scorer, pairs, encode, params, training)
+    return scorer, _measure("judge", scorer, pairs, encode, params)
+
+
+def _check_reads(role: str, most: int, limit: int) -> None:
+    if most > limit:
         raise ConfigError(
-            f"{training.max_tokens} is more than the {limit} tokens that the judge can read",
-            "reward_model.judge.max_tokens",
+            f"{most} is more than the {limit} tokens that the model can read",
+            f"reward_model.{role}.max_tokens",
             f"set it to {limit} at most",
         )
-    metrics = _train(
-        "judge",
-        scorer,
-        pairs,
-        lambda prompt, form, text: models.judge_tokens(
-            tokenizer, models.judge_text(prompt, form, text), training.max_tokens
-        ),
-        params,
-        training,
-    )
-    return scorer, metrics
 
 
 def _train(
-    role: str,
-    scorer: TextScorer,
-    pairs: pd.DataFrame,
-    encode: Callable[[str, str, str], list[int]],
-    params: Params,
-    training: PreferenceTraining,
-) -> dict[str, Any]:
-    """Fit on the role's training pairs, calibrate the scale and measure on its held-out ones."""
+    role: str, scorer: TextScorer, pairs: pd.DataFrame, encode: Encode, params: Params, training: PreferenceTraining
+) -> None:
+    """Fit on the role's training pairs."""
+    _held_out(role, pairs, params)  # what cannot be measured is not trained
     train = models.tokenise_pairs(pairs[pairs.split == f"{role}_train"], encode)
-    held_out_rows = pairs[pairs.split == f"{role}_eval"]
-    if not (held_out_rows["margin"] >= params.reward_model.accuracy_gap).any():
-        raise ConfigError(
-            f"no held-out pair of the {role} model has a margin of {params.reward_model.accuracy_gap:g} or more",
-            "reward_model.accuracy_gap",
-            "lower it to the scale of your margins",
-        )
-    held_out = models.tokenise_pairs(held_out_rows, encode)
     with tqdm(total=training.steps, desc=f"training the {role} model", unit="step", disable=None) as bar:
 
         def on_step(step: int, loss: float) -> None:
@@ -115,12 +126,29 @@ def _train(
             seed=derive(params.seed, role),
             on_step=on_step,
         )
+
+
+def _held_out(role: str, pairs: pd.DataFrame, params: Params) -> pd.DataFrame:
+    rows = pairs[pairs.split == f"{role}_eval"]
+    if not (rows["margin"] >= params.reward_model.accuracy_gap).any():
+        raise ConfigError(
+            f"no held-out pair of the {role} model has a margin of {params.reward_model.accuracy_gap:g} or more",
+            "reward_model.accuracy_gap",
+            "lower it to the scale of your margins",
+        )
+    return rows
+
+
+def _measure(role: str, scorer: Scorer, pairs: pd.DataFrame, encode: Encode, params: Params) -> dict[str, Any]:
+    """Figures on the role's held-out pairs, whose texts fix the scorer's scale."""
+    rows = _held_out(role, pairs, params)
+    held_out = models.tokenise_pairs(rows, encode)
     raw = score_texts(scorer, held_out.texts)
     scorer.head.calibrate(raw)
-    return _measure(raw.double().numpy(), held_out, held_out_rows, params.reward_model.accuracy_gap)
+    return _figures(raw.double().numpy(), held_out, rows, params.reward_model.accuracy_gap)
 
 
-def _measure(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> dict[str, Any]:
+def _figures(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> dict[str, Any]:
     """Held-out figures from raw scores [texts], whose differences are the log-odds of the Bradley-Terry model."""
     difference = raw[pairs.chosen] - raw[pairs.rejected]
     correct = np.where(difference == 0, 0.5, difference > 0)
@@ -147,12 +175,15 @@ def _measure(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> d
     }
 
 
-def _check(metrics: dict[str, Any], params: Params) -> None:
+def _check(metrics: dict[str, Any], params: Params, ready_made: bool) -> None:
     floor = params.reward_model.min_accuracy
     for role, figures in metrics.items():
+        mend = f"give it more pairs or more reward_model.{role}.steps"
+        if role == "reward" and ready_made:
+            mend = "choose another for ingest.reward"
         if figures["accuracy"] < floor:
             raise TrainingHealthError(
                 f"the {role} model is right on {figures['accuracy']:.3f} of held-out pairs, under {floor}",
                 "reward_model.min_accuracy",
-                f"give it more pairs or more reward_model.{role}.steps; what it did is in reports/reward_model",
+                f"{mend}; what it did is in reports/reward_model",
             )

@@ -57,6 +57,11 @@ class Workspace:
     def judge_base(self) -> Path:
         return self.root / "models" / "judge_base"
 
+    @property
+    def reward_base(self) -> Path:
+        """A ready-made reward model, or an empty one: its `source.json` says which."""
+        return self.root / "models" / "reward_base"
+
     # reward_model
     @property
     def reward_model(self) -> Path:

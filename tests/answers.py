@@ -75,7 +75,10 @@ def cycles(n: int = 4) -> pd.DataFrame:
 def trained_workspace(root: Path) -> tuple[Workspace, Params]:
     """A workspace in which the ppo stage seems to have just ended, and its parameters."""
     workspace = Workspace(root)
-    ppo = {"mlflow_run_id": "run-1", "fingerprint": FINGERPRINT, "cycles": 4, "stopped_by": "cycles", "result_cycle": 4}
+    ppo = {
+        "mlflow_run_id": "run-1", "fingerprint": FINGERPRINT, "cycles": 4, "stopped_by": "cycles", "result_cycle": 4,
+        "maximised": "the trained reward model",
+    }  # fmt: skip
     origin = {
         "name": "ratings", "source": "file:ratings.jsonl", "version": "", "file": "", "sha256": "a" * 64,
         "licence": "MIT", "rows": 240, "format": "ratings",

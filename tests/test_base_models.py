@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import gguf
+import peft
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import base_models
-from tasks.base_models import write_policy
+from tasks.base_models import write_policy, write_reward
 from tasks.errors import DataError
 from tasks.params import check_params
 from tasks.sources import Fetched
@@ -119,3 +122,86 @@ def test_a_file_that_is_cut_is_refused(write, fetched, keep):
     fetched.path.write_bytes(fetched.path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"tiny\.gguf — cannot be converted"):
         write("base")
+
+
+@pytest.fixture
+def adapter(tmp_path, policy_folder):
+    """A LoRA adapter that peft has saved, of all linear layers, none of it zero; its tokenizer has another template."""
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(policy_folder),
+        peft.LoraConfig(r=3, lora_alpha=9, target_modules="all-linear", use_rslora=True),
+    )
+    draw = torch.Generator().manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1, generator=draw)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def merge(tmp_path, policy, adapter=None):
+    named = {name: Fetched(path, name, "", "") for name, path in (("base", policy), ("sft", adapter)) if path}
+    params = check_params(tiny.tiny_params()).ingest
+    write_policy(named["base"], tmp_path / "merged", params, Workspace(tmp_path), named.get("sft"))
+    return tmp_path / "merged"
+
+
+def test_an_adapter_becomes_part_of_the_policy(policy_folder, adapter, tmp_path):
+    folder = merge(tmp_path, policy_folder, adapter)
+    base = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    assert ours.dtype == torch.float32
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+    before = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
+    moved = {name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert len(moved) == 4 * 7
+    assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages[0]['content'] }}"
+    assert not list(folder.glob("adapter*"))
+
+
+def test_an_adapter_in_the_policys_own_folder_is_not_passed_over(policy_folder, adapter, tmp_path):
+    both = shutil.copytree(policy_folder, tmp_path / "both")
+    for file in adapter.glob("adapter*"):
+        shutil.copy(file, both)
+    with pytest.raises(DataError, match=r"base — holds a peft adapter — name it as ingest\.adapter"):
+        merge(tmp_path, both)
+    folder = merge(tmp_path, both, both)
+    assert not torch.equal(*(weight(path) for path in (folder, policy_folder)))
+
+
+def weight(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_an_adapter_that_does_not_fit_is_refused(policy_folder, adapter, tmp_path):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name.replace("layers.3.", "layers.7."): t for name, t in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(DataError, match=r"sft — does not fit the policy: .*layers\.3\..*"):
+        merge(tmp_path, policy_folder, adapter)
+    save_file({name: t[:1] for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"sft — cannot be merged into the policy: .* size mismatch"):
+        merge(tmp_path / "other", policy_folder, adapter)
+
+
+def test_pickled_weights_of_an_adapter_are_not_read(policy_folder, adapter, tmp_path):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(DataError, match=r"sft — holds no adapter_model\.safetensors"):
+        merge(tmp_path, policy_folder, adapter)
+
+
+def test_a_reward_model_has_one_label_and_is_whole(tmp_path, policy_folder):
+    two = Fetched(tiny.tiny_reward(tmp_path / "two", labels=2), "two", "", "")
+    with pytest.raises(DataError, match="two — has 2 labels"):
+        write_reward(two, tmp_path / "target")
+    headless = Fetched(shutil.copytree(policy_folder, tmp_path / "headless"), "headless", "", "")
+    config = json.loads((headless.path / "config.json").read_text())
+    (headless.path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "good"}}))
+    with pytest.raises(DataError, match=r"headless — lacks weights: score\.weight"):
+        write_reward(headless, tmp_path / "other")

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from stores import RECORD, trained_weights
 from tiny import tiny_params, tiny_policy
 
+from ppo_core import weights
 from tasks import tracking
-from tasks.cycle_model import load_policy
+from tasks.cycle_model import load_cycle, load_policy
 from tasks.params import check_params
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
@@ -126,7 +127,7 @@ def test_tensors_that_do_not_fit_are_refused(policy_folder: Path, tmp_path: Path
     strange = tmp_path / "strange.safetensors"
     save_file({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, strange)
     with pytest.raises(MlflowException, match=r"layers\.9"):
-        load_policy(policy_folder, strange)
+        load_cycle(policy_folder, strange, weights)
     lacking = shutil.copytree(policy_folder, tmp_path / "lacking")
     tensors = load_file(lacking / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]

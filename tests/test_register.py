@@ -59,7 +59,17 @@ def evaluated(tmp_path: Path, policy_folder: Path) -> Workspace:
         folder.mkdir(parents=True)
     shutil.copytree(policy_folder, workspace.policy)
     write(workspace, "evaluate", GOOD)
-    write(workspace, "ppo", {"fingerprint": "a" * 16, "cycles": 8, "result_cycle": 7, "stopped_by": "cycles"})
+    write(
+        workspace,
+        "ppo",
+        {
+            "fingerprint": "a" * 16,
+            "cycles": 8,
+            "result_cycle": 7,
+            "stopped_by": "cycles",
+            "maximised": "the function mine:score",
+        },
+    )
     role = {"accuracy": 0.85, "accuracy_low": 0.83, "accuracy_high": 0.87, "n": 1200, "ece": 0.02}
     write(workspace, "reward_model", {"reward": role, "judge": role | {"accuracy": 0.875}})
     write(workspace, "validate", {"expectations": {"checked": 31, "passed": 30}})
@@ -174,7 +184,7 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
     for words in (
         "Gate passed", spread(0.82, 0.78, 0.86), spread(0.9, 0.8, 1.0), spread(9.0, 8.5, 9.5),
         spread(0.85, 0.83, 0.87), "10,605", "MIT", "cycle 7 of 8",
-        "30 of 31 expectations", "the film 0", "models:/aligned-policy/1",
+        "30 of 31 expectations", "the film 0", "maximised the function mine", "models:/aligned-policy/1",
     ):  # fmt: skip
         assert words in card
     assert "<b>" not in card.replace("\\<b\\>", "")

@@ -27,7 +27,7 @@ def write(root, policy, reference):
     """Write the report of these answers below `root`; gives its folder."""
     workspace, params = trained_workspace(root)
     metrics = measure(policy, reference, 50, seed=1) | {"mlflow_run_id": "run-1"}
-    ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "kl_budget", "result_cycle": 3}
+    ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "kl_budget", "result_cycle": 3, "maximised": "its aim"}
     folder = workspace.report("evaluate")
     folder.mkdir(parents=True)
     found = report.Evaluation(metrics, ppo, cycles(), samples(policy, reference), policy, reference)

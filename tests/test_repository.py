@@ -23,7 +23,7 @@ from tasks.workspace import Workspace
 GRAPH = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 HERE = Workspace(REPOSITORY)
 OUTPUTS = {
-    "ingest": [HERE.canonical, HERE.base_model, HERE.judge_base],
+    "ingest": [HERE.canonical, HERE.base_model, HERE.judge_base, HERE.reward_base],
     "validate": [HERE.report("validate")],
     "reward_model": [HERE.reward_model, HERE.judge, HERE.report("reward_model")],
     "ppo": [HERE.policy, HERE.cycles_csv],
@@ -215,7 +215,8 @@ def test_locks_hold_what_is_asked_for() -> None:
 
 
 def test_every_imported_library_is_asked_for() -> None:
-    asked = re.findall(r"^([\w-]+)", (REPOSITORY / "requirements.in").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    files = [(REPOSITORY / name).read_text(encoding="utf-8") for name in ("requirements.in", "requirements-torch.txt")]
+    asked = re.findall(r"^([\w-]+)", "\n".join(files), flags=re.MULTILINE)
     distributions = importlib.metadata.packages_distributions()
     imported = set()
     for module in MODULES:
@@ -224,6 +225,6 @@ def test_every_imported_library_is_asked_for() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-    libraries = imported - sys.stdlib_module_names - set(PACKAGES) - {"torch"}
+    libraries = imported - sys.stdlib_module_names - set(PACKAGES)
     missing = {n for n in libraries if not {d.lower().replace("_", "-") for d in distributions[n]} & set(asked)}
     assert missing == set()

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from tasks.workspace import Workspace
 
@@ -69,6 +76,18 @@ def ratings_file(path: Path, n: int, seed: int = 0) -> Path:
 
 def tiny_policy(folder: Path, seed: int = 0) -> Path:
     """A random Llama (4 layers x 64, vocabulary 512) with byte-level BPE and the ChatML template."""
+    _save(LlamaForCausalLM, *_llama(4, 64), folder, seed)
+    return folder
+
+
+def tiny_reward(folder: Path, labels: int = 1, seed: int = 2) -> Path:
+    """A random Llama (1 layer x 32) that classifies sequences, with the tokenizer of the policy."""
+    config, tokenizer = _llama(1, 32, num_labels=labels)
+    _save(LlamaForSequenceClassification, config, tokenizer, folder, seed)
+    return folder
+
+
+def _llama(layers: int, width: int, **more: Any) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
     tokens = Tokenizer(models.BPE())
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
@@ -85,12 +104,12 @@ def tiny_policy(folder: Path, seed: int = 0) -> Path:
         unk_token="<|endoftext|>", chat_template=CHATML,
     )  # fmt: skip
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **more,
     )  # fmt: skip
-    _save(LlamaForCausalLM, config, tokenizer, folder, seed)
-    return folder
+    return config, tokenizer
 
 
 def tiny_judge(folder: Path, seed: int = 1) -> Path:
@@ -154,6 +173,7 @@ def tiny_workspace(root: Path, changes: dict[str, Any] | None = None) -> Workspa
     workspace.own_data.mkdir(parents=True)
     tiny_policy(workspace.own_data / "policy")
     tiny_judge(workspace.own_data / "judge")
+    tiny_reward(workspace.own_data / "reward")
     ratings_file(workspace.own_data / "ratings.jsonl", 240)
     for name in ("ppo_core", "tasks", "flows"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
