@@ -15,8 +15,9 @@ from ppo_core.checkpoint import sha256
 from tasks.params import Params, dump_params
 from tasks.workspace import Workspace
 
-WHEN_TO_STOP = ("cycles", "target", "kl_budget")
-"""Parameters of the ppo section that decide where a run ends, not where it goes: changing them continues it."""
+NOT_THE_COURSE = ("cycles", "target", "kl_budget", "keep_states")
+"""Parameters of the ppo section that decide where a run ends and what it keeps, not where it goes: changing them
+continues it."""
 CODE = ("ppo_core", "tasks/ppo.py", "tasks/responses.py", "tasks/preference_models.py", "tasks/statistics.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -24,7 +25,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 def fingerprint(params: Params, workspace: Workspace) -> str:
     """16 hex digits over parameters, inputs and code of the ppo stage."""
     plain = dump_params(params)
-    ppo = {key: value for key, value in plain["ppo"].items() if key not in WHEN_TO_STOP}
+    ppo = {key: value for key, value in plain["ppo"].items() if key not in NOT_THE_COURSE}
     inputs = [
         workspace.prompts,
         *sorted(workspace.base_model.rglob("*")),

@@ -20,6 +20,7 @@ from ppo_core.checkpoint import MANIFEST
 from tasks import ppo
 from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.params import Params, TargetParams, load_params
+from tasks.run_folder import GO_ON
 from tasks.stages import run_stage
 from tasks.tracking import tracking_uri
 from tasks.workspace import Workspace
@@ -122,7 +123,7 @@ def test_another_environment_is_refused_with_the_list(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0", "threads": 64}))
     with pytest.raises(ResumeMismatch, match=r"threads 64 -> .*torch 1\.0 -> "):
         ppo.open_run(params, workspace)
-    monkeypatch.setenv(ppo.GO_ON, "1")
+    monkeypatch.setenv(GO_ON, "1")
     with ppo.open_run(params, workspace) as run:
         assert run.stopped == "cycles"
 
