@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -26,6 +27,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 VARIABLE = "PROXIMAL_KILL_AT"
+LIBRARIES = (
+    "tasks.ppo",
+    "tasks.register",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.bert.modeling_bert",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+)
+"""What the stages would each take seconds to import."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -131,7 +141,7 @@ def _wrap(path: str, wrapper: Any) -> None:
     *parents, attribute = name.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
-    found = owner.__dict__[attribute]
+    found = inspect.getattr_static(owner, attribute)
     if isinstance(found, classmethod):
         wrapped: Any = classmethod(wrapper(found.__func__))
     else:
@@ -223,8 +233,8 @@ if __name__ == "__main__":
     from tasks import environment
 
     environment.prepare()
-    for module in ("tasks.ppo", "tasks.register"):
-        importlib.import_module(module)
     if len(sys.argv) > 1:
         sys.exit(_run(sys.argv[1:], os.environ.get(VARIABLE, "")))
+    for module in LIBRARIES:
+        importlib.import_module(module)
     _serve()
