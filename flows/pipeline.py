@@ -23,7 +23,7 @@ from flows import artifacts, gpu, lifecycle, logs
 from tasks import environment
 from tasks.errors import ProximalError, ServiceError
 from tasks.params import Params, dump_params, load_params
-from tasks.stages import STAGES, StageResult, run_stage, write_metrics
+from tasks.stages import STAGES, StageResult, machine_errors, run_stage, write_metrics
 from tasks.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -66,10 +66,12 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
 
 def _run_stages(workspace: Workspace, force: bool) -> None:
     # Imported here: DVC takes a while, and a worker that only looks at the flow needs none of it.
+    from tasks.tracking import check_answers
     from tasks.versioning import source_digests
     from tasks.workspace_lock import workspace_lock
 
     with workspace_lock(workspace):
+        check_answers(workspace)  # told now, not after the reward model was trained
         began, params = source_digests(workspace), load_params(workspace.params)
         for stage in STAGES:
             stage_task = run_stage_task.with_options(name=stage, task_run_name=stage)
@@ -128,7 +130,7 @@ def _ppo(params: Params, workspace: Workspace) -> StageResult:
     """The ppo stage cycle by cycle. After an error it starts again from the last finished cycle, not from memory."""
     from tasks.ppo import open_run
 
-    with open_run(params, workspace) as run:
+    with machine_errors("ppo", workspace), open_run(params, workspace) as run:
         live = artifacts.LiveCycles(params.ppo.cycles)
         live.show(run.records, run.stopped)
         while run.stopped is None:

@@ -15,6 +15,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from ppo_core.checkpoint import needs_room, size_of
 from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward
 from ppo_core.tokens import encode_prompt
@@ -185,7 +186,8 @@ class PPORun:
         assert not unknown, unknown
         beside = self.workspace.policy.with_name("policy.writing")
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside)
+        with needs_room(beside.parent, size_of(model.state_dict())):
+            model.save_pretrained(beside)
         load_tokenizer(self.workspace.base_model).save_pretrained(beside)
         shutil.rmtree(self.workspace.policy, ignore_errors=True)
         beside.rename(self.workspace.policy)

@@ -31,6 +31,12 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
             yield key, float(leaf)
 
 
+def cut(value: str, limit: int = 6000) -> str:
+    """MLflow holds 6,000 characters of a parameter."""
+    note = "... (cut; whole in the artifact params.yaml)"
+    return value if len(value) <= limit else value[: limit - len(note)] + note
+
+
 def git_tags(root: Path) -> dict[str, str]:
     """The commit of the checkout and whether files differ from it; empty where there is no repository."""
     commit = _git(root, "rev-parse", "HEAD")
@@ -51,12 +57,13 @@ def is_here(tags: Mapping[str, str]) -> bool:
 
 
 def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags, on this machine, still runs."""
+    """Whether the process of these tags, on this machine, still runs. One that nobody has buried yet is dead."""
     try:
-        began: float = psutil.Process(int(tags[PID])).create_time()
+        process = psutil.Process(int(tags[PID]))
+        began: float = process.create_time()
+        return abs(began - float(tags[STARTED])) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    return abs(began - float(tags[STARTED])) < 2
 
 
 def _git(root: Path, *command: str) -> str:

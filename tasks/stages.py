@@ -8,6 +8,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +37,19 @@ class StageResult:
 def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
     """Run a stage's `run(params, workspace)` and write its metrics."""
     started = time.monotonic()
-    # Imported here: each stage brings heavy libraries that the others do not need.
-    try:
+    with machine_errors(stage, workspace):
+        # Imported here: each stage brings heavy libraries that the others do not need.
         result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)
+    write_metrics(stage, result, workspace)
+    log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
+    return result
+
+
+@contextmanager
+def machine_errors(stage: str, workspace: Workspace) -> Iterator[None]:
+    """What a stage lacks (files, memory, disk) becomes an error that says what to do: DataError or ResourceError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise DataError(
             "is missing", str(error.filename), f"run the stages before {stage}: `dvc repro {stage}`"
@@ -55,9 +67,6 @@ def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
                 f"the disk is full ({free} bytes are free)", str(error.filename), "make room"
             ) from error
         raise
-    write_metrics(stage, result, workspace)
-    log.info("%s: %s (%.0f s)", stage, result.summary, time.monotonic() - started)
-    return result
 
 
 def write_metrics(stage: str, result: StageResult, workspace: Workspace) -> None:

@@ -56,6 +56,15 @@ def exclusive(file: Path, what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold the lock that `file` stands for, after waiting for whoever holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
 def _is_parent(holder: dict[str, Any]) -> bool:
     return str(holder.get("pid")) == os.environ.get(HOLDER) and holder["pid"] != os.getpid()
 

@@ -95,15 +95,16 @@ POINTS = {
 
 
 def arm(kill_at: str) -> None:
-    """`NAME:N`: SIGKILL to this process the N-th time that it is at the point."""
-    name, n = kill_at.rsplit(":", 1)
+    """`NAME:N`: SIGKILL to this process the N-th time that it is at the point; `NAME:N:SIGSTOP` halts it there."""
+    name, n, *how = kill_at.split(":")
     point, left, depth = POINTS[name], int(n), 0
+    number = signal.Signals[how[0]] if how else signal.SIGKILL
 
     def reached() -> None:
         nonlocal left
         left -= not point.inside or depth > 0
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def at_the_point(function: Any) -> Any:
         @functools.wraps(function)
