@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -13,10 +14,14 @@ from tasks import environment
 
 environment.prepare()  # before Prefect reads its settings
 
+import httpx  # noqa: E402
+from prefect.settings import PREFECT_API_URL  # noqa: E402
+
 from flows.server import prefect_api  # noqa: E402
-from tasks.errors import ProximalError  # noqa: E402
+from tasks.errors import ProximalError, ServiceError  # noqa: E402
 from tasks.params import load_params  # noqa: E402
 from tasks.workspace import Workspace  # noqa: E402
+from tasks.workspace_lock import workspace_lock  # noqa: E402
 
 EPILOG = """\
 examples:
@@ -54,11 +59,20 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     here = Workspace.here()
     params = load_params(args.params or here.params, args.set)
+    if params == load_params(here.params):
+        with workspace_lock(here):  # told at once, not when a server has started; the flow takes it again
+            pass
     print("connecting to Prefect (a server of our own takes some seconds to start) ...", flush=True)
     with prefect_api(here.work / "prefect_server.log", meanwhile=_import_libraries):
         from flows.pipeline import align
 
-        root = align(params, str(here.root), args.force)
+        try:
+            root = align(params, str(here.root), args.force)
+        except httpx.TransportError as error:
+            mend = "what was done is kept: the same command says so, and does the rest"
+            raise ServiceError(
+                f"Prefect went away during the run ({error})", str(PREFECT_API_URL.value()), mend
+            ) from error
     assert isinstance(root, str)  # a state would have been raised
     from flows.closing import show_result
 
@@ -93,4 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if status == ServiceError.exit_code:
+        os._exit(status)  # else Prefect offers each of its messages to a server that has gone, for minutes
+    sys.exit(status)

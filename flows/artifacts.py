@@ -1,13 +1,19 @@
-"""What a flow run shows of itself in the Prefect UI. Each function is called inside a task or flow run."""
+"""What a flow run shows of itself in the Prefect UI. Each function is called inside a task or flow run.
+
+What cannot be shown is logged: a server that has gone does not end the work.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -17,10 +23,15 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.settings import PREFECT_API_URL
 
-from flows.server import HOST, MLFLOW_PORT
+from flows.server import HOST, MLFLOW_PORT, check_answers
+from tasks.errors import ServiceError
 from tasks.pages import embed_pictures
 from tasks.workspace import Workspace
+
+_Given = ParamSpec("_Given")
+log = logging.getLogger(__name__)
 
 REPORTS = {
     "validate": ("data-verdict", "Whether the data can be trained on"),
@@ -42,6 +53,22 @@ COLUMNS = {
 """Of a cycle's record, what the live table shows."""
 
 
+def shown(publish: Callable[_Given, None]) -> Callable[_Given, None]:
+    """`publish`, left out where Prefect does not answer."""
+
+    @functools.wraps(publish)
+    def if_it_answers(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        url = str(PREFECT_API_URL.value())
+        try:
+            check_answers(url, patience=0)  # one question instead of the client's patience with every call
+            publish(*args, **kwargs)
+        except (httpx.HTTPError, ServiceError) as error:
+            log.warning("not shown in Prefect: %s", error)
+
+    return if_it_answers
+
+
+@shown
 def publish_report(stage: str, workspace: Workspace, since: float) -> None:
     """The stage's `report.md` with its pictures inside, if the stage has one and wrote it after `since` (epoch)."""
     report = workspace.report(stage) / "report.md"
@@ -53,6 +80,7 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
         create_markdown_artifact(markdown, key, description)
 
 
+@shown
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
     """Where this training is in MLflow: on its server, or where `make ui` puts one."""
     from tasks.tracking import connect, public_uri, tracking_uri  # MLflow takes seconds to import
@@ -71,13 +99,18 @@ class LiveCycles:
 
     def __init__(self, cycles: int) -> None:
         self._cycles = cycles
-        self._progress: UUID = _created(create_progress_artifact(0.0, "ppo-progress", f"Cycles of at most {cycles}"))
+        self._progress: UUID | None = None
         self._table: UUID | None = None
 
+    @shown
     def show(self, records: Sequence[Mapping[str, Any]], stopped: str | None) -> None:
         """`stopped` says why training ended; None while it goes on."""
         done = 100.0 if stopped else 100.0 * len(records) / self._cycles
-        update_progress_artifact(self._progress, done)
+        if self._progress is None:
+            about = f"Cycles of at most {self._cycles}"
+            self._progress = _created(create_progress_artifact(done, "ppo-progress", about))
+        else:
+            update_progress_artifact(self._progress, done)
         if not records:
             return
         rows = [_row(record) for record in records]

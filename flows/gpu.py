@@ -19,6 +19,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.background import meanwhile
 
@@ -65,13 +66,16 @@ class _Slot:
         self.lease: UUID | None = None
 
     def take(self) -> None:
-        """Wait until there is a slot."""
+        """Wait until there is a slot. Where the server has gone in mid-run, the work goes on without."""
         waiting = False
-        while not self.try_take():
-            if not waiting:
-                log.info("waiting for a %s slot; another run holds it", SLOT)
-                waiting = True
-            time.sleep(POLL_SECONDS)
+        try:
+            while not self.try_take():
+                if not waiting:
+                    log.info("waiting for a %s slot; another run holds it", SLOT)
+                    waiting = True
+                time.sleep(POLL_SECONDS)
+        except httpx.TransportError as error:
+            log.warning("cannot ask for a %s slot (%s): the work goes on, and the slot is asked for again", SLOT, error)
 
     def try_take(self) -> bool:
         """Take a slot if one is free."""
@@ -89,14 +93,18 @@ class _Slot:
 
     def keep(self, ended: threading.Event) -> None:
         """Renew the lease again and again until `ended`."""
-        while not ended.wait(RENEW_SECONDS):
-            self.renew()
+        # What fails is tried again soon enough: the client's own patience would only hold up the end of the work.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            while not ended.wait(RENEW_SECONDS):
+                self.renew()
 
     def renew(self) -> None:
         """Make the lease last, or take another in its place. Where neither works, say so and try again later."""
-        assert self.lease is not None
         try:
-            self.client.renew_concurrency_lease(self.lease, LEASE_SECONDS)
+            if self.lease is None:
+                self.try_take()
+            else:
+                self.client.renew_concurrency_lease(self.lease, LEASE_SECONDS)
         except httpx.HTTPError as error:
             try:
                 taken = self.try_take()
@@ -106,7 +114,8 @@ class _Slot:
             log.warning("the lease of the %s slot was not renewed (%s): %s", SLOT, error, outcome)
 
     def give_back(self) -> None:
-        assert self.lease is not None
+        if self.lease is None:
+            return
         try:
             self.client.release_concurrency_slots_with_lease(self.lease)
             self._note("")

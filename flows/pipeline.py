@@ -66,10 +66,12 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
 
 def _run_stages(workspace: Workspace, force: bool) -> None:
     # Imported here: DVC takes a while, and a worker that only looks at the flow needs none of it.
+    from tasks.tracking import check_answers
     from tasks.versioning import source_digests
     from tasks.workspace_lock import workspace_lock
 
     with workspace_lock(workspace):
+        check_answers(workspace)  # told now, not after the reward model was trained
         began, params = source_digests(workspace), load_params(workspace.params)
         for stage in STAGES:
             stage_task = run_stage_task.with_options(name=stage, task_run_name=stage)

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import Popen
 
@@ -37,27 +37,25 @@ def prefect_api(log_file: Path, meanwhile: Callable[[], None] = lambda: None) ->
     `meanwhile` is done while a server of our own starts. Raises ServiceError where the configured one does not answer
     or our own does not start (`log_file` says why).
     """
-    configured = get_current_settings().api.url
-    if configured:
-        check_answers(configured)
-        yield configured
-    elif shares_our_history(url := api_url(PREFECT_PORT)):
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield url
-    else:
-        port = free_port()
-        with leashed(prefect_command(port), log_file, prefect_environment(port)) as server:
+    with ExitStack() as stack:
+        configured, url = get_current_settings().api.url, api_url(PREFECT_PORT)
+        if configured:
+            check_answers(url := configured)
+        elif not shares_our_history(url):
+            url = api_url(port := free_port())
+            server = stack.enter_context(leashed(prefect_command(port), log_file, prefect_environment(port)))
             meanwhile()
-            wait_until(lambda: is_healthy(api_url(port)), server, "Prefect", log_file)
-            with temporary_settings({PREFECT_API_URL: api_url(port)}):
-                try:
-                    yield api_url(port)
-                finally:
-                    deliver()
+            wait_until(lambda: is_healthy(url), server, "Prefect", log_file)
+        stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
+        stack.callback(deliver)
+        yield url
 
 
 def deliver() -> None:
-    """Send what waits in Prefect's queues. It would do so when the interpreter ends, after our server has gone."""
+    """Send what waits in Prefect's queues, as far as that is quickly done.
+
+    Left alone it would happen when the interpreter ends: when our server has gone, and for minutes where another has.
+    """
     APILogWorker.drain_all(timeout=5)
     EventsWorker.drain_all(timeout=5)
 
@@ -111,9 +109,9 @@ def shares_our_history(url: str) -> bool:
     return bool(settings.get("home") == str(get_current_settings().home))
 
 
-def check_answers(url: str) -> None:
-    """Raises ServiceError unless the API is healthy within ANSWER_SECONDS."""
-    deadline = time.monotonic() + ANSWER_SECONDS
+def check_answers(url: str, patience: float | None = None) -> None:
+    """Raises ServiceError unless the API is healthy within `patience` seconds, by default ANSWER_SECONDS."""
+    deadline = time.monotonic() + (ANSWER_SECONDS if patience is None else patience)
     while not is_healthy(url):
         if time.monotonic() > deadline:
             raise ServiceError("Prefect does not answer", url, "start that server, or unset PREFECT_API_URL")

@@ -18,7 +18,10 @@ _DEFAULTS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     # A tracking server that has gone is noticed in seconds (by default MLflow tries for four minutes a call).
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # So is a Prefect server (by default a minute a call).
+    "PREFECT_CLIENT_MAX_RETRIES": "2",
     # A GPU slot whose holder died is freed even if the server restarted meanwhile.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "TOKENIZERS_PARALLELISM": "false",

@@ -16,8 +16,9 @@ from tasks.own_function import source_file
 from tasks.params import Params, dump_params
 from tasks.workspace import Workspace
 
-WHEN_TO_STOP = ("cycles", "target", "kl_budget")
-"""Parameters of the ppo section that decide where a run ends, not where it goes: changing them continues it."""
+NOT_THE_COURSE = ("cycles", "target", "kl_budget", "keep_states")
+"""Parameters of the ppo section that decide where a run ends and what it keeps, not where it goes: changing them
+continues it."""
 CODE = (
     "ppo_core",
     *(f"tasks/{name}.py" for name in ("own_function", "ppo", "preference_models", "responses", "rewards")),
@@ -29,7 +30,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 def fingerprint(params: Params, workspace: Workspace) -> str:
     """16 hex digits over parameters, inputs and code of the ppo stage."""
     plain, named = dump_params(params), params.ppo.reward.function
-    ppo = {key: value for key, value in plain["ppo"].items() if key not in WHEN_TO_STOP}
+    ppo = {key: value for key, value in plain["ppo"].items() if key not in NOT_THE_COURSE}
     inputs = [
         workspace.prompts,
         workspace.pairs,

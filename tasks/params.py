@@ -184,6 +184,9 @@ class PPOParams(PPOConfig):
     target: TargetParams | None = TargetParams()
     kl_budget: Positive = 15.0
     """Sequence KL to the reference (nats). The result is the last cycle within it."""
+    keep_states: Count = 2
+    """After how many of the last cycles training can go on (each keeps weights and optimiser in float32). Every cycle's
+    weights are kept anyway."""
 
 
 class EvaluateParams(Section):

@@ -1,37 +1,32 @@
-"""Stage 4: PPO in cycles, each checkpointed and recorded before the next begins.
-
-State lies in `work/ppo/<fingerprint>/` of the main checkout: `cycle_NNN` (the policy's trained weights and the cycle's
-record; all are kept) and `state_NNN` (masters, optimiser, counters; the last two are kept). A cycle is finished when
-its folder is there.
-"""
+"""Stage 4: PPO in cycles, each checkpointed (tasks/run_folder.py) and recorded before the next begins."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import pandas as pd
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ppo_core.checkpoint import load_plain, load_tensors, save_checkpoint, verify_checkpoint
+from ppo_core.checkpoint import needs_room, size_of
 from ppo_core.diagnostics import over_cycle
 from ppo_core.models import ActorCritic
 from ppo_core.trainer import Trainer
 from ppo_core.weights import install
-from tasks.errors import IntegrityError, ResumeMismatch, TrainingHealthError
-from tasks.fingerprint import environment, fingerprint
+from tasks.errors import TrainingHealthError
+from tasks.fingerprint import fingerprint
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
 from tasks.rewards import described, load_trained, new_reward
+from tasks.run_folder import Record, RunFolder
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
@@ -39,12 +34,6 @@ from tasks.training_texts import preferred_texts, training_prompts
 from tasks.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
-"""One finished cycle: `cycle`, `dev/...` on the dev prompts, `train/...` mean diagnostics, `time/...` seconds."""
-
-WEIGHTS = "policy.safetensors"
-GO_ON = "PROXIMAL_ACCEPT_ENVIRONMENT"
 
 
 def run(params: Params, workspace: Workspace) -> StageResult:
@@ -61,32 +50,30 @@ def open_run(params: Params, workspace: Workspace) -> PPORun:
 
 
 class PPORun:
-    """One alignment run. A context manager: it holds the MLflow run open."""
+    """One alignment run. A context manager: it holds the run's folder, and the MLflow run open."""
 
     def __init__(self, params: Params, workspace: Workspace) -> None:
         self.params, self.workspace = params, workspace
         self.fingerprint = fingerprint(params, workspace)
-        self.folder = workspace.runs / self.fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_environment()
-        self.records: list[Record] = self._finished_cycles()
-        self.tracker = Tracker.open(workspace, self.fingerprint, params)
+        self.folder = RunFolder(workspace.runs / self.fingerprint)
         self._trainer: Trainer | None = None
-
-    def __enter__(self) -> Self:
-        # A killed process may have finished a cycle and not told MLflow; recording twice changes nothing.
-        try:
+        with ExitStack() as opening:
+            opening.enter_context(self.folder.held())
+            self.records: list[Record] = self.folder.finished()
+            self.tracker = opening.enter_context(Tracker.open(workspace, self.fingerprint, params))
+            # A killed process may have finished a cycle and not told MLflow; recording twice changes nothing.
             for record in self.records:
-                self.tracker.log_cycle(record, self._cycle_folder(record["cycle"]) / WEIGHTS)
-        except BaseException:
-            self.tracker.close("FAILED")
-            raise
+                self.tracker.log_cycle(record, self.folder.weights(record["cycle"]))
+            self._open = opening.pop_all()
+        self.folder.tidy(len(self.records), params.ppo.keep_states)
         if self.records:
             log.info("continuing %s after cycle %d", self.fingerprint, len(self.records))
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.tracker.__exit__(kind, error, tb)
+        self._open.__exit__(kind, error, tb)
 
     @property
     def stopped(self) -> str | None:
@@ -116,6 +103,7 @@ class PPORun:
     def next_cycle(self) -> Record:
         """Train for one cycle, ask the dev prompts, checkpoint, record."""
         trainer, cycle = self._ready(), len(self.records) + 1
+        self.folder.check_room(trainer.state(), trainer.model.trained_weights())
         started = time.perf_counter()
         steps = tqdm(range(self.params.ppo.iterations), desc=f"cycle {cycle}", unit="iteration", disable=None)
         stats = over_cycle([trainer.step() for _ in steps])
@@ -127,9 +115,9 @@ class PPORun:
             record[f"{'time' if name.endswith(('_s', '_per_second')) else 'train'}/{name}"] = value
         record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
         _refuse_non_finite(record)
-        self._save(trainer, record)
+        self.folder.save(record, trainer.state(), trainer.model.trained_weights(), self.params.ppo.keep_states)
         self.records.append(record)
-        self.tracker.log_cycle(record, self._cycle_folder(cycle) / WEIGHTS)
+        self.tracker.log_cycle(record, self.folder.weights(cycle))
         log.info(
             "cycle %d: judge win rate %.3f, reward %+.2f sd, judge %+.2f sd, KL %.1f nats (%.0f s)",
             cycle,
@@ -149,7 +137,7 @@ class PPORun:
                 "raise ppo.reward.kl_coef or lower ppo.update.learning_rate",
             )
         result = within[-1]
-        self._write_policy(self._cycle_folder(result["cycle"]) / WEIGHTS)
+        self._write_policy(self.folder.weights(result["cycle"]))
         self._write_curves(records)
         figures = {name.removeprefix("dev/"): v for name, v in result.items() if name.startswith("dev/")}
         metrics = {
@@ -192,64 +180,9 @@ class PPORun:
                 ptx=ptx,
             )
             if self.records:
-                self._load_state(trainer)
+                trainer.load_state(*self.folder.state(len(self.records)))
             self._trainer = trainer
         return self._trainer
-
-    def _load_state(self, trainer: Trainer) -> None:
-        """Bring a new trainer to the last finished cycle."""
-        state = self._state_folder(len(self.records))
-        try:
-            verify_checkpoint(state)
-        except IntegrityError as error:
-            cycle = self._cycle_folder(len(self.records)).name
-            mend = f"delete {state.name} and {cycle} to repeat that cycle, or move the folder away to start anew"
-            raise IntegrityError(str(error), str(self.folder), mend) from error
-        trainer.load_state(load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json"))
-
-    def _save(self, trainer: Trainer, record: Record) -> None:
-        cycle = record["cycle"]
-        tensors, plain = trainer.state()
-        state = self._state_folder(cycle)
-        shutil.rmtree(state, ignore_errors=True)  # a process killed between the two writes left it without its cycle
-        save_checkpoint(state, {"tensors.safetensors": tensors}, {"plain.json": plain})
-        weights = trainer.model.trained_weights()
-        save_checkpoint(self._cycle_folder(cycle), {WEIGHTS: weights}, {"record.json": record})
-        for old in range(1, cycle - 1):
-            shutil.rmtree(self._state_folder(old), ignore_errors=True)
-
-    def _finished_cycles(self) -> list[Record]:
-        records: list[Record] = []
-        while (folder := self._cycle_folder(len(records) + 1)).is_dir():
-            verify_checkpoint(folder)
-            records.append(load_plain(folder / "record.json"))
-        if beyond := [f.name for f in sorted(self.folder.glob("cycle_*")) if f.name > folder.name]:
-            raise IntegrityError(
-                f"{folder.name} is missing, but {', '.join(beyond)} are there",
-                str(self.folder),
-                f"delete those too to continue from cycle {len(records)}, or move the folder away to start anew",
-            )
-        return records
-
-    def _cycle_folder(self, cycle: int) -> Path:
-        return self.folder / f"cycle_{cycle:03d}"
-
-    def _state_folder(self, cycle: int) -> Path:
-        return self.folder / f"state_{cycle:03d}"
-
-    def _check_environment(self) -> None:
-        """A continuation elsewhere would be another run: refuse it, unless told to go on."""
-        path, now = self.folder / "environment.json", environment()
-        if not self._cycle_folder(1).is_dir() or os.environ.get(GO_ON) == "1":
-            path.write_text(json.dumps(now, indent=2), encoding="utf-8")
-        then = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]:
-            changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in differing)
-            raise ResumeMismatch(
-                f"the run was begun elsewhere: {changes}",
-                str(self.folder),
-                f"set {GO_ON}=1 to go on anyway, or move the folder away to start anew",
-            )
 
     def _write_policy(self, weights: Path) -> None:
         """Base model and trained weights as one transformers folder, in the dtype that sampled."""
@@ -257,7 +190,8 @@ class PPORun:
         install(model, load_file(weights))
         beside = self.workspace.policy.with_name("policy.writing")
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside)
+        with needs_room(beside.parent, size_of(model.state_dict())):
+            model.save_pretrained(beside)
         load_tokenizer(self.workspace.base_model).save_pretrained(beside)
         shutil.rmtree(self.workspace.policy, ignore_errors=True)
         beside.rename(self.workspace.policy)

@@ -27,6 +27,7 @@ from tasks.stages import StageResult
 from tasks.statistics import relative_change
 from tasks.tracking import Tracker, service
 from tasks.workspace import Workspace
+from tasks.workspace_lock import in_turn
 
 EVIDENCE = ("validate", "reward_model", "evaluate")
 """Stages whose figures and reports are recorded with the run here; ppo has recorded its own."""
@@ -78,12 +79,13 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     with Tracker.open(workspace, metrics["ppo"]["fingerprint"], params) as tracker, service(tracker.client):
         for stage in EVIDENCE:
             tracker.log_stage(stage, metrics[stage], workspace.report(stage))
-        version = _registered(tracker, params, workspace, metrics, breaches)
-        registry.verify_version(tracker.client, version, workspace.policy)
-        card = _card(tracker, workspace, metrics, rules, breaches, version)
-        tracker.client.update_model_version(name, version.version, description=card)
-        if not breaches:
-            tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
+        with in_turn(workspace.registry_lock):  # the newest version is the one named last, and it is the one verified
+            version = _registered(tracker, params, workspace, metrics, breaches)
+            registry.verify_version(tracker.client, version, workspace.policy)
+            card = _card(tracker, workspace, metrics, rules, breaches, version)
+            tracker.client.update_model_version(name, version.version, description=card)
+            if not breaches:
+                tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
     return StageResult(
         {
             "mlflow_run_id": tracker.run_id,

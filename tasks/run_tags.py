@@ -27,6 +27,12 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
             yield key, float(leaf)
 
 
+def cut(value: str, limit: int = 6000) -> str:
+    """MLflow holds 6,000 characters of a parameter."""
+    note = "... (cut; whole in the artifact params.yaml)"
+    return value if len(value) <= limit else value[: limit - len(note)] + note
+
+
 def git_tags(root: Path) -> dict[str, str]:
     """The commit of the checkout and whether files differ from it; empty where there is no commit."""
     if (found := git_commit(root)) is None:

@@ -29,7 +29,7 @@ from tasks import registry
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
-from tasks.run_tags import flatten, git_tags, numbers
+from tasks.run_tags import cut, flatten, git_tags, numbers
 from tasks.workspace import Workspace
 
 EXPERIMENT = "alignment"
@@ -50,11 +50,16 @@ def tracking_uri(workspace: Workspace) -> str:
 def connect(workspace: Workspace) -> MlflowClient:
     """A client of the store. Raises ServiceError where a server does not answer, before MLflow begins to retry."""
     uri = tracking_uri(workspace)
-    _probe(uri)
+    check_answers(workspace)
     # Otherwise every migration of a new database and every start of a sampler is told.
     for library in ("alembic", "mlflow"):
         logging.getLogger(library).setLevel(logging.WARNING)
     return MlflowClient(uri, uri)
+
+
+def check_answers(workspace: Workspace) -> None:
+    """Raises ServiceError, within seconds, where the store is on a server that does not answer."""
+    _probe(tracking_uri(workspace))
 
 
 def record_exists(workspace: Workspace, run_id: str, model_version: int | None = None) -> bool:
@@ -99,9 +104,8 @@ class Tracker:
         _close_abandoned(client, experiment)
         run = _find(client, experiment, fingerprint)
         if run is None:
-            run = client.create_run(
-                experiment, tags={FINGERPRINT: fingerprint}, run_name=f"alignment-{fingerprint[:8]}"
-            )
+            tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
+            run = client.create_run(experiment, tags=tags, run_name=f"alignment-{fingerprint[:8]}")
         _check_free(run)
         tracker = cls(client, run, workspace, params)
         tracker._begin()
@@ -169,7 +173,7 @@ class Tracker:
     def _begin(self) -> None:
         self.client.update_run(self.run_id, status="RUNNING")
         known = self.client.get_run(self.run_id).data
-        given = {key: _cut(str(value)) for key, value in flatten(dump_params(self._params))}
+        given = {key: cut(str(value)) for key, value in flatten(dump_params(self._params))}
         changed = {key: given.get(key, "not set") for key, value in known.params.items() if given.get(key) != value}
         for key in known.tags:
             if key.startswith(CHANGED) and key.removeprefix(CHANGED) not in changed:
@@ -188,6 +192,7 @@ class Tracker:
     def _catch_up(self) -> None:
         while self._unrecorded:
             try:
+                _probe(self.client.tracking_uri)  # a server that is away costs one question, not MLflow's retries
                 with service(self.client):
                     self._record_cycle(*self._unrecorded[0])
             except ServiceError as error:
@@ -290,9 +295,3 @@ def _check_finite(figures: Mapping[str, float], where: str) -> None:
     bad = [f"{key} = {value}" for key, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise TrainingHealthError(f"not finite: {', '.join(bad)}", where)
-
-
-def _cut(value: str, limit: int = 6000) -> str:
-    """MLflow holds 6,000 characters of a parameter."""
-    note = "... (cut; whole in the artifact params.yaml)"
-    return value if len(value) <= limit else value[: limit - len(note)] + note

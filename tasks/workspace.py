@@ -114,6 +114,11 @@ class Workspace:
     def lock_file(self) -> Path:
         return self.work / "lock"
 
+    @property
+    def registry_lock(self) -> Path:
+        """Held while a version is made and named candidate: worktrees share the registry."""
+        return self.main_root / "work" / "registry.lock"
+
     @cached_property
     def main_root(self) -> Path:
         """The main checkout: a worktree shares its downloads and its MLflow store."""

@@ -1,4 +1,7 @@
-"""One run at a time in a workspace: a lock that the kernel frees when its holder dies, however that happens."""
+"""One run at a time in a workspace, and in a training that worktrees share.
+
+The kernel frees these locks when their holder dies, however that happens.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO
 
 from tasks.errors import Locked
@@ -25,22 +29,40 @@ def workspace_lock(workspace: Workspace) -> Iterator[None]:
 
     A process that a holder started works under its lock. Raises Locked at once where another run holds it.
     """
-    workspace.lock_file.parent.mkdir(parents=True, exist_ok=True)
-    with workspace.lock_file.open("a+", encoding="utf-8") as file:
+    file = workspace.lock_file
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(exclusive(file, "this workspace"))
+        except Locked:
+            if not _is_parent(_holder(file)):
+                raise
+        else:
+            os.environ[HOLDER] = str(os.getpid())
+            held.callback(os.environ.pop, HOLDER)
+        yield
+
+
+@contextmanager
+def exclusive(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock that `file` stands for, on `what`. Raises Locked at once, naming the holder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _read(file)
-            if not _is_parent(holder):
-                raise Locked(_describe(holder), str(workspace.lock_file), "wait for it, or end that process") from None
-            yield
-            return
-        _write(file)
-        os.environ[HOLDER] = str(os.getpid())
-        try:
-            yield
-        finally:
-            del os.environ[HOLDER]
+            told = _describe(_holder(file), what)
+            raise Locked(told, str(file), "wait for it, or end that process") from None
+        _write(opened)
+        yield
+
+
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold the lock that `file` stands for, after waiting for whoever holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def _is_parent(holder: dict[str, Any]) -> bool:
@@ -59,17 +81,16 @@ def _write(file: TextIO) -> None:
     file.flush()
 
 
-def _read(file: TextIO) -> dict[str, Any]:
+def _holder(file: Path) -> dict[str, Any]:
     """Who holds the lock; empty in the moment between taking it and saying so."""
-    file.seek(0)
     try:
-        holder: dict[str, Any] = json.load(file)
+        holder: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}
     return holder
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any], what: str) -> str:
     if not holder:
-        return "another run has just begun in this workspace"
-    return "another run holds this workspace: process {pid} on {host}, since {started}: {command}".format(**holder)
+        return f"another run has just begun in {what}"
+    return f"another run holds {what}: process {{pid}} on {{host}}, since {{started}}: {{command}}".format(**holder)

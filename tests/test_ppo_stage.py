@@ -1,39 +1,24 @@
-"""The ppo stage: killed and continued, continued with more cycles, begun anew, refused, stopped."""
+"""The ppo stage: continued with more cycles, begun anew, refused, stopped. Killed: test_faults_kill.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import tiny
-from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from ppo_core.checkpoint import MANIFEST
 from tasks import ppo
 from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.params import Params, TargetParams, load_params
+from tasks.run_folder import GO_ON
 from tasks.stages import run_stage
-from tasks.tracking import tracking_uri
 from tasks.workspace import Workspace
-
-KILLED_BEFORE_RECORDING = """
-import os, signal, sys
-from pathlib import Path
-from tasks import ppo
-from tasks.params import load_params
-from tasks.workspace import Workspace
-ppo.Tracker.log_cycle = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-workspace = Workspace(Path(sys.argv[1]))
-ppo.run(load_params(workspace.params), workspace)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +56,6 @@ def weights(workspace: Workspace) -> bytes:
     return (workspace.policy / "model.safetensors").read_bytes()
 
 
-def test_killed_and_started_again_equals_never_killed(
-    ready: Workspace, workspace: Workspace, params: Params, tmp_path: Path
-):
-    shutil.copytree(ready.root, tmp_path / "unharmed")
-    unharmed = Workspace(tmp_path / "unharmed")
-    ppo.run(params, unharmed)
-
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_BEFORE_RECORDING, str(workspace.root)], cwd=tiny.REPOSITORY, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(records(workspace)) == 1
-    result = ppo.run(params, workspace)
-
-    assert records(workspace) == records(unharmed)
-    assert weights(workspace) == weights(unharmed)
-    client = MlflowClient(tracking_uri(workspace))
-    history = client.get_metric_history(result.metrics["mlflow_run_id"], "dev/kl")
-    assert [point.step for point in history] == [1, 2]
-    assert [point.value for point in history] == [r["dev/kl"] for r in records(unharmed)]
-
-
 def test_more_cycles_continue_and_fewer_need_no_training(workspace: Workspace, params: Params):
     first = ppo.run(params, workspace).metrics
     one = (workspace.work / "ppo" / first["fingerprint"] / "cycle_001" / MANIFEST).stat().st_mtime_ns
@@ -122,7 +85,7 @@ def test_another_environment_is_refused_with_the_list(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0", "threads": 64}))
     with pytest.raises(ResumeMismatch, match=r"threads 64 -> .*torch 1\.0 -> "):
         ppo.open_run(params, workspace)
-    monkeypatch.setenv(ppo.GO_ON, "1")
+    monkeypatch.setenv(GO_ON, "1")
     with ppo.open_run(params, workspace) as run:
         assert run.stopped == "cycles"
 

@@ -8,6 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +57,12 @@ NAME = "aligned-policy"
 @pytest.fixture
 def evaluated(tmp_path: Path, policy_folder: Path) -> Workspace:
     """A workspace as the evaluate stage leaves it."""
-    workspace = new_store(Workspace(tmp_path))
-    for folder in (workspace.canonical, workspace.policy.parent, tmp_path / "metrics", workspace.report("evaluate")):
+    return left_by_evaluate(new_store(Workspace(tmp_path)), policy_folder)
+
+
+def left_by_evaluate(workspace: Workspace, policy_folder: Path) -> Workspace:
+    root = workspace.root
+    for folder in (workspace.canonical, workspace.policy.parent, root / "metrics", workspace.report("evaluate")):
         folder.mkdir(parents=True)
     shutil.copytree(policy_folder, workspace.policy)
     write(workspace, "evaluate", GOOD)
@@ -223,6 +230,7 @@ def test_a_deleted_version_is_made_again(evaluated: Workspace) -> None:
     assert bearer(evaluated, "candidate") == second["model_version"]
 
 
+@pytest.mark.fault("31: a registered file is not what was evaluated", expected="exit 4, file named, no alias")
 def test_files_that_differ_get_no_alias(evaluated: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     log_model = registry.log_model
 
@@ -238,6 +246,44 @@ def test_files_that_differ_get_no_alias(evaluated: Workspace, monkeypatch: pytes
     with pytest.raises(IntegrityError, match=r"model\.safetensors"):
         register.run(params(), evaluated)
     assert registry.with_alias(client(evaluated), NAME, "candidate") is None
+
+
+@pytest.mark.fault("31: three promotions at once", expected="three versions, the newest is the candidate")
+def test_promotions_at_once_take_turns(
+    tmp_path: Path, policy_folder: Path, seen: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In worktrees, which share the registry. The older a version, the longer it takes to be verified."""
+    main = Workspace(tmp_path / "main")
+    main.root.mkdir()
+    git(main.root, "init", "--quiet")
+    git(main.root, "-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--allow-empty", "--message", "x")
+    new_store(main)
+    places = []
+    for number in range(3):
+        git(main.root, "worktree", "add", "--quiet", "--detach", str(tmp_path / f"w{number}"))
+        places.append(left_by_evaluate(Workspace(tmp_path / f"w{number}"), policy_folder))
+        write(places[-1], "ppo", {"fingerprint": str(number) * 16, "cycles": 8, "result_cycle": 7})
+    verify, verified = registry.verify_version, []
+
+    def slowly(client: MlflowClient, version: Any, checkpoint: Path) -> None:
+        time.sleep(1.5 - 0.5 * int(version.version))
+        verify(client, version, checkpoint)
+        verified.append(int(version.version))
+
+    monkeypatch.setattr(registry, "verify_version", slowly)
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(lambda place: register.run(params(), place).metrics, places))
+    assert {result["gate"] for result in results} == {"passed"}
+    assert sorted({result["model_version"] for result in results}) == [1, 2, 3]
+    assert verified == [1, 2, 3], "one after another"
+    assert bearer(main, "candidate") == 3
+    versions = client(main).search_model_versions(f"name = '{NAME}'")
+    assert [version.status for version in versions] == ["READY"] * 3
+    seen("3 versions, each READY and verified, the last made is the candidate")
+
+
+def git(root: Path, *command: str) -> None:
+    subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
 
 
 def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: Workspace) -> None:

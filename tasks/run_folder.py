@@ -1,0 +1,119 @@
+"""What a training keeps on disk, in `work/ppo/<fingerprint>/` of the main checkout.
+
+`cycle_NNN` holds the policy's trained weights and the cycle's record; all are kept. `state_NNN` holds what training
+goes on from (masters, optimiser, counters); the last `ppo.keep_states` are kept. A cycle is finished when its folder is
+there; what was finished is never written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ppo_core.checkpoint import load_plain, load_tensors, needs_room, save_checkpoint, size_of, sweep, verify_checkpoint
+from tasks.errors import IntegrityError, ResumeMismatch
+from tasks.fingerprint import environment
+from tasks.workspace_lock import exclusive
+
+Record = dict[str, Any]
+"""One finished cycle: `cycle`, `dev/...` on the dev prompts, `train/...` mean diagnostics, `time/...` seconds."""
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Of a trainer: tensors, and plain values for JSON."""
+
+WEIGHTS = "policy.safetensors"
+GO_ON = "PROXIMAL_ACCEPT_ENVIRONMENT"
+
+
+class RunFolder:
+    """The cycles of one training. Worktrees share it: whoever writes holds it (`held`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else writes here during the block. Raises Locked where another process does.
+
+        Raises ResumeMismatch where libraries or machine are not those of the run's beginning, unless told to go on.
+        """
+        with exclusive(self.path / "lock", f"the training {self.path.name}"):
+            sweep(self.path)
+            self._check_environment()
+            yield
+
+    def weights(self, cycle: int) -> Path:
+        """The policy's trained weights after `cycle`."""
+        return self._cycle(cycle) / WEIGHTS
+
+    def finished(self) -> list[Record]:
+        """Records of the finished cycles, their files verified."""
+        records: list[Record] = []
+        while (folder := self._cycle(len(records) + 1)).is_dir():
+            verify_checkpoint(folder)
+            records.append(load_plain(folder / "record.json"))
+        if beyond := [f.name for f in sorted(self.path.glob("cycle_*")) if f.name > folder.name]:
+            raise IntegrityError(
+                f"{folder.name} is missing, but {', '.join(beyond)} are there",
+                str(self.path),
+                f"delete those too to continue from cycle {len(records)}, or move the folder away to start anew",
+            )
+        return records
+
+    def state(self, cycle: int) -> State:
+        """What training goes on from after `cycle`."""
+        state = self._state(cycle)
+        try:
+            verify_checkpoint(state)
+        except IntegrityError as error:
+            both = f"{state.name} and {self._cycle(cycle).name}"
+            mend = f"delete {both} to repeat that cycle, or move the folder away to start anew"
+            raise IntegrityError(str(error), str(self.path), mend) from error
+        return load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json")
+
+    def check_room(self, state: State, weights: Mapping[str, Tensor]) -> None:
+        """Raise ResourceError where the next cycle could not be saved: better before its training than after."""
+        with needs_room(self.path, size_of(state[0], weights)):
+            pass
+
+    def save(self, record: Record, state: State, weights: Mapping[str, Tensor], keep_states: int) -> None:
+        """Finish a cycle: its state, then what makes it count. Only then do older states go."""
+        cycle, (tensors, plain) = record["cycle"], state
+        place = self._state(cycle)
+        shutil.rmtree(place, ignore_errors=True)  # a process killed between the two writes left it without its cycle
+        save_checkpoint(place, {"tensors.safetensors": tensors}, {"plain.json": plain})
+        save_checkpoint(self._cycle(cycle), {WEIGHTS: weights}, {"record.json": record})
+        self.tidy(cycle, keep_states)
+
+    def tidy(self, cycle: int, keep_states: int) -> None:
+        """Remove states that are too old after `cycle` to be kept."""
+        for old in range(1, cycle - keep_states + 1):
+            shutil.rmtree(self._state(old), ignore_errors=True)
+
+    def _cycle(self, cycle: int) -> Path:
+        return self.path / f"cycle_{cycle:03d}"
+
+    def _state(self, cycle: int) -> Path:
+        return self.path / f"state_{cycle:03d}"
+
+    def _check_environment(self) -> None:
+        """A continuation elsewhere would be another run: refuse it, unless told to go on."""
+        path, now = self.path / "environment.json", environment()
+        if not self._cycle(1).is_dir() or os.environ.get(GO_ON) == "1":
+            beside = path.with_suffix(".writing")
+            beside.write_text(json.dumps(now, indent=2), encoding="utf-8")
+            beside.replace(path)
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]:
+            changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in differing)
+            raise ResumeMismatch(
+                f"the run was begun elsewhere: {changes}",
+                str(self.path),
+                f"set {GO_ON}=1 to go on anyway, or move the folder away to start anew",
+            )
