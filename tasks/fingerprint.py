@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ppo_core.checkpoint import sha256
+from ppo_core.precision import arithmetic
 from tasks.own_function import source_file
 from tasks.params import Params, dump_params
 from tasks.workspace import Workspace
@@ -57,6 +58,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "device": "cpu",
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "automatic dtype": str(arithmetic("auto")),
         "threads": torch.get_num_threads(),
     }
 

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from ppo_core.checkpoint import sha256
 from ppo_core.decoder import clone, load_causal_lm, split, without_dropout
+from ppo_core.precision import arithmetic
 from ppo_core.preferences import Pairs
 from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, score_texts
 from ppo_core.tokens import encode_conversation, encode_prompt, encode_response
@@ -32,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_base(workspace: Workspace, dtype: str) -> Any:
     """The model to align, frozen."""
-    return load_causal_lm(workspace.base_model, getattr(torch, dtype))
+    return load_causal_lm(workspace.base_model, arithmetic(dtype))
 
 
 def new_reward_model(base: Any, top_layers: int) -> RewardModel:
@@ -61,7 +62,7 @@ def new_ready_reward(workspace: Workspace, dtype: str) -> tuple[ReadyScorer, Any
     tokenizer.truncation_side = "left"
     classifier = AutoModelForSequenceClassification.from_pretrained(
         workspace.reward_base,
-        dtype=getattr(torch, dtype),
+        dtype=arithmetic(dtype),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,

@@ -8,6 +8,7 @@ import torch
 
 from ppo_core.decoder import load_causal_lm
 from ppo_core.models import ActorCritic
+from ppo_core.precision import arithmetic
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner, Responses
@@ -38,7 +39,7 @@ class Responders:
 
     def policy(self, split: str) -> Responses:
         """The aligned policy in models/policy."""
-        self._become(load_causal_lm(self.workspace.policy, getattr(torch, self.dtype)).state_dict())
+        self._become(load_causal_lm(self.workspace.policy, arithmetic(self.dtype)).state_dict())
         return self.examiner.ask(self.model, split)
 
     @torch.no_grad()
