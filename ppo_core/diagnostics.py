@@ -16,7 +16,7 @@ from ppo_core.masking import counted, masked_mean, masked_var
 from ppo_core.types import Experience
 
 SUMS = ("tokens", "empty", "steps")
-OF_RESPONSES = ("score", "shaped_score", "kl", "kl_k3", "length", "ended_rate", "repetition", "kl_coef")
+OF_RESPONSES = ("score", "kl", "kl_k3", "length", "ended_rate", "repetition", "kl_coef")
 """Means over responses, or one number an iteration; the other means are over tokens."""
 
 

@@ -117,7 +117,8 @@ class Trainer:
         """All that a later process needs to go on: tensors, and plain values for JSON.
 
         There are no generators in it: every draw is seeded by what it is for and by the iteration (`seeds`). Learning
-        rates and the place in the prompts follow from the iteration, too.
+        rates and the place in the prompts follow from the iteration, too. The tensors are those in use: save them, or
+        copy them, before the next step.
         """
         tensors = {f"master.{i}": t for i, t in enumerate(self.optimiser.weights.state())}
         for i, slots in self.optimiser.adam.state_dict()["state"].items():

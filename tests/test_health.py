@@ -13,7 +13,7 @@ from toy import equal, id_sum, toy_config, toy_trainer, weights_of
 
 from ppo_core.config import HealthConfig
 from ppo_core.errors import TrainingHealthError
-from ppo_core.health import Health, symptoms
+from ppo_core.health import Health, refuse_non_finite, symptoms
 from ppo_core.trainer import Trainer
 from ppo_core.types import Experience, Samples
 
@@ -73,6 +73,7 @@ def test_what_no_mask_counts_may_be_no_number():
     assert dirt.isnan().any()
     per_token = ("logprobs", "ref_logprobs", "values", "entropy")
     dirty = replace(rollout, **{name: getattr(rollout, name) + dirt for name in per_token})
+    refuse_non_finite(dirty, "")
     found = []
     for sampled in (rollout, dirty):
         fresh = toy_trainer(toy_config())

@@ -129,7 +129,7 @@ def test_without_credit_assignment_it_is_not_learnt(broken: str, seed: int):
 # The value function: of a policy that does not change, the expected return is known at every token.
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_the_value_function_reaches_the_known_values(seed: int):
     prompts = [[3], [4, 5], [6, 7, 8]]
 
