@@ -195,7 +195,7 @@ def test_prompt_and_response_must_fit_the_context(workspace: Workspace, params: 
 
 @pytest.mark.parametrize("trainable", ["full", "top_layers"])
 def test_a_critic_of_its_own(workspace: Workspace, params: Params, trainable: str):
-    model = params.ppo.model.model_copy(update={"trainable": trainable, "critic": "separate", "top_layers": 1})
+    model = params.ppo.model.model_copy(update={"trainable": trainable, "critic": "separate", "top_layers": 2})
     assert ppo.run(with_ppo(params, model=model, cycles=1), workspace).metrics["cycles"] == 1
 
 
