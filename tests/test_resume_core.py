@@ -151,6 +151,7 @@ def test_nothing_left_out_is_no_difference(stopped: Stopped):
     assert not stopped.all_after.differs(go_on(t, AFTER))
 
 
+@pytest.mark.fault("resume: one part of the state forgotten", expected="another training, for every part there is")
 @pytest.mark.parametrize("kind", TENSORS)
 def test_each_tensor_is_needed(stopped: Stopped, kind: str):
     tensors, plain = stopped.tensors, stopped.plain
@@ -167,6 +168,7 @@ def test_each_tensor_is_needed(stopped: Stopped, kind: str):
     assert unneeded == []
 
 
+@pytest.mark.fault("resume: one part of the state forgotten", expected="another training, for every part there is")
 @pytest.mark.parametrize("path", PLAIN, ids=".".join)
 def test_each_plain_value_is_needed(stopped: Stopped, path: tuple[str, ...]):
     tensors, plain = stopped.tensors, stopped.plain

@@ -1,4 +1,4 @@
-"""Training: gradients, the state of a run, and policies that must learn."""
+"""What a training goes by: the order of its prompts, and parameters that cannot work together."""
 
 from __future__ import annotations
 
