@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # The commands of dvc.yaml call `python`: that of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help align ui test check lock
+.PHONY: help align ui test faults check lock
 
 help:
 	@echo "make align   run the pipeline: data, reward model, PPO, evaluation, registration"
 	@echo "make ui      start the Prefect and MLflow UIs on this machine; Ctrl-C ends both"
 	@echo "make test    run the tests"
+	@echo "make faults  break it in every way we know and print what happened: fault, expected, seen"
 	@echo "make check   lint, formatting, types, import contract"
 	@echo "make lock    bring requirements.lock and requirements-dev.lock up to date with the .in files"
 
@@ -22,6 +23,9 @@ ui: $(VENV)/ready
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m "fault and not gpu"
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check

@@ -21,6 +21,8 @@ import tiny  # noqa: E402
 from tasks.params import Params, load_params  # noqa: E402
 from tasks.workspace import Workspace  # noqa: E402
 
+pytest_plugins = ["faults"]
+
 
 @pytest.fixture(autouse=True)
 def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
