@@ -23,6 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from flows.server import HOST, MLFLOW_PORT
+from tasks.addresses import public_uri
 from tasks.workspace import Workspace
 
 REPORTS = {
@@ -56,7 +57,7 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
 
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
     """Where this training is in MLflow: on its server, or where `make ui` puts one."""
-    from tasks.tracking import connect, public_uri, tracking_uri  # MLflow takes seconds to import
+    from tasks.tracking import connect, tracking_uri  # MLflow takes seconds to import
 
     store = public_uri(tracking_uri(workspace))
     base = store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"

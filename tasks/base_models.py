@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from ppo_core.tokens import encode_response
 from tasks.errors import ConfigError, DataError
 from tasks.params import IngestParams
 from tasks.sources import MODEL_FILES, Fetched, digest
 from tasks.workspace import Workspace
+
+_MEND = "fetch or save the model again; it is a folder as save_pretrained writes it, with no code of its own"
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,11 @@ def write_policy(fetched: Fetched, target: Path, params: IngestParams, workspace
         _, report = AutoModelForCausalLM.from_pretrained(
             target, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"does not load as a language model: {error}", fetched.label, "check the folder") from error
+    except Exception as error:  # the readers of these formats meet damage with whatever error comes first
+        raise DataError(f"does not load as a language model: {_short(error)}", fetched.label, _MEND) from error
     _check_whole(report, fetched.label)
     _check_context(config, params)
+    _check_plain_text(tokenizer, fetched.label)
     return _with_ends(tokenizer, target, fetched.label)
 
 
@@ -46,9 +50,14 @@ def write_judge(fetched: Fetched, target: Path) -> None:
     _copy(fetched, target)
     try:
         AutoConfig.from_pretrained(target, trust_remote_code=False)
-        AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"does not load: {error}", fetched.label, "check the folder") from error
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+        _, report = AutoModel.from_pretrained(
+            target, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:
+        raise DataError(f"does not load: {_short(error)}", fetched.label, _MEND) from error
+    _check_whole(report, fetched.label)
+    _check_plain_text(tokenizer, fetched.label)
 
 
 def _copy(fetched: Fetched, target: Path) -> None:
@@ -114,6 +123,19 @@ def _check_whole(report: dict[str, Any], label: str) -> None:
     """Weights that a file lacks would be drawn at random, with no more than a warning."""
     if missing := sorted(report["missing_keys"]):
         raise DataError(f"lacks weights: {', '.join(missing[:5])}", label, "fetch or save the model again")
+
+
+def _check_plain_text(tokenizer: Any, label: str) -> None:
+    """Text from data must not become a control token: it could end a turn and begin another."""
+    for token in set(tokenizer.all_special_tokens) - {tokenizer.unk_token}:
+        if tokenizer.convert_tokens_to_ids(token) in encode_response(tokenizer, f"a {token} b"):
+            mend = "choose a model with a tokenizer of the fast kind (tokenizer.json)"
+            raise DataError(f"its tokenizer takes the text {token!r} for the control token", label, mend)
+
+
+def _short(error: Exception) -> str:
+    """The error as it may stand in a message: some list every tensor of the file."""
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _check_context(config: Any, params: IngestParams) -> None:

@@ -135,7 +135,7 @@ def _csv(path: Path, bad: BadRows, json_columns: Collection[str]) -> Iterator[tu
     def lines(file: IO[bytes]) -> Iterator[str]:
         """Every line: to leave one out could join two rows."""
         nonlocal number, size, spoilt
-        for number, line in _lines(file, bad):  # noqa: B007, the reader below asks for it
+        for number, line in _lines(file, bad):
             if (size := size + len(line)) > MAX_ROW:
                 raise csv.Error(f"a row longer than {_MIB} MiB, or a quote that is never closed")
             text = _text(line, number, bad)

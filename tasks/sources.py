@@ -156,11 +156,19 @@ def _hub(where: str) -> Iterator[None]:
 def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspace) -> Fetched:
     path = workspace.own_data / named / inside
     label = f"data/own/{named}/{inside}".rstrip("/")
-    for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
-        target = entry.resolve()
-        if not target.is_relative_to(workspace.own_data.resolve()):
-            raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
-    if not path.exists():
+    # Not what data/own itself resolves to: it could be a link, too.
+    home = workspace.root.resolve() / workspace.own_data.relative_to(workspace.root)
+    try:
+        for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
+            target = entry.resolve()
+            if not target.is_relative_to(home):
+                raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
+            if target.exists() and not (target.is_file() or target.is_dir()):  # to read a named pipe waits for ever
+                raise DataError("is neither a file nor a folder", label, "copy what you mean into a file")
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, a NUL in it
+        raise DataError(f"cannot be looked up: {error}", label, "mend the path in params.yaml, or the link") from error
+    if not there:
         raise DataError("there is no such file or folder", label, "put it there, or mend the path in params.yaml")
     found = digest(workspace.own_data / named)
     _compare(found, source.sha256, label)

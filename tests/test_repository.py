@@ -30,7 +30,7 @@ OUTPUTS = {
     "evaluate": [HERE.report("evaluate"), HERE.samples],
     "register": [],
 }
-PASSING_ON = {"errors", "fingerprint", "run_tags", "stages", "tracking", "workspace"}
+PASSING_ON = {"addresses", "errors", "fingerprint", "run_tags", "stages", "strict_yaml", "tracking", "workspace"}
 """Modules of tasks/ that move and record what others compute: a change of them changes no output."""
 SHIPPED = {"register": {REPOSITORY / "tasks" / "cycle_model.py"}}
 """Code that a stage does not import but puts into what it leaves."""
