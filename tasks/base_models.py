@@ -56,7 +56,7 @@ def write_judge(fetched: Fetched, target: Path) -> None:
         )
     except Exception as error:
         raise DataError(f"does not load: {_short(error)}", fetched.label, _MEND) from error
-    _check_whole(report, fetched.label)
+    _check_whole(report, fetched.label, unused="pooler.")  # the judge takes the mean of the last layer
     _check_plain_text(tokenizer, fetched.label)
 
 
@@ -106,11 +106,12 @@ def _convert(gguf: Path, target: Path) -> None:
         model, report = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # the reader of the format meets damage with whatever error comes first
         mend = "fetch it again; or use an architecture that transformers reads from GGUF, or a folder of its own format"
         raise DataError(f"cannot be converted: {type(error).__name__}: {error}", gguf.name, mend) from error
@@ -119,9 +120,9 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _check_whole(report: dict[str, Any], label: str) -> None:
-    """Weights that a file lacks would be drawn at random, with no more than a warning."""
-    if missing := sorted(report["missing_keys"]):
+def _check_whole(report: dict[str, Any], label: str, unused: str = "\0") -> None:
+    """Weights that a file lacks would be drawn at random, with no more than a warning; `unused` begins other names."""
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(unused)):
         raise DataError(f"lacks weights: {', '.join(missing[:5])}", label, "fetch or save the model again")
 
 

@@ -30,7 +30,9 @@ OUTPUTS = {
     "evaluate": [HERE.report("evaluate"), HERE.samples],
     "register": [],
 }
-PASSING_ON = {"addresses", "errors", "fingerprint", "run_tags", "stages", "strict_yaml", "tracking", "workspace"}
+PASSING_ON = {
+    "addresses", "errors", "fingerprint", "run_tags", "seals", "stages", "strict_yaml", "tracking", "workspace",
+}  # fmt: skip
 """Modules of tasks/ that move and record what others compute: a change of them changes no output."""
 SHIPPED = {"register": {REPOSITORY / "tasks" / "cycle_model.py"}}
 """Code that a stage does not import but puts into what it leaves."""
