@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ppo_core.tokens import encode_response
 from tasks.errors import ConfigError, DataError
@@ -31,33 +31,43 @@ def write_policy(fetched: Fetched, target: Path, params: IngestParams, workspace
         shutil.copytree(_converted(fetched.path, workspace.downloads), target)
     else:
         _copy(fetched, target)
-    try:
-        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-        _, report = AutoModelForCausalLM.from_pretrained(
-            target, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # the readers of these formats meet damage with whatever error comes first
-        raise DataError(f"does not load as a language model: {_short(error)}", fetched.label, _MEND) from error
-    _check_whole(report, fetched.label)
+    config, tokenizer = _checked(AutoModelForCausalLM, target, fetched.label, "a language model")
     _check_context(config, params)
-    _check_plain_text(tokenizer, fetched.label)
     return _with_ends(tokenizer, target, fetched.label)
 
 
 def write_judge(fetched: Fetched, target: Path) -> None:
     """Copy the model that becomes the judge to the folder `target`. Raises DataError."""
     _copy(fetched, target)
+    # The judge takes the mean of the last layer: a pooler trained for something else may be missing.
+    _checked(AutoModel, target, fetched.label, "an encoder", unused="pooler.")
+
+
+def _checked(kind: Any, folder: Path, label: str, called: str, unused: str = "\0") -> tuple[Any, Any]:
+    """Configuration and tokenizer of the model in `folder`, of which everything was loaded once and is sound."""
     try:
-        AutoConfig.from_pretrained(target, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-        _, report = AutoModel.from_pretrained(
-            target, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:
-        raise DataError(f"does not load: {_short(error)}", fetched.label, _MEND) from error
-    _check_whole(report, fetched.label, unused="pooler.")  # the judge takes the mean of the last layer
-    _check_plain_text(tokenizer, fetched.label)
+        control = _control_tokens_in_text(tokenizer)
+        last = max(tokenizer.get_vocab().values())
+    except MemoryError:
+        raise
+    except Exception as error:  # the readers of these formats meet damage with whatever error comes first
+        if "allocate memory" in str(error):
+            raise
+        what = f"does not load as {called}: {type(error).__name__}: {error}"
+        raise DataError(what[:300], label, _MEND) from error  # some errors list every tensor
+    _check_whole(report, label, unused)
+    if broken := [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]:
+        raise DataError(f"holds weights that are not finite: {', '.join(broken[:5])}", label, _MEND)
+    if last >= (rows := model.get_input_embeddings().num_embeddings):
+        raise DataError(f"has {rows} embeddings, but its tokenizer knows token {last}", label, _MEND)
+    if control:
+        mend = "choose a model with a tokenizer of the fast kind (tokenizer.json)"
+        raise DataError(f"its tokenizer takes the text {control[0]!r} for the control token", label, mend)
+    return model.config, tokenizer
 
 
 def _copy(fetched: Fetched, target: Path) -> None:
@@ -126,17 +136,11 @@ def _check_whole(report: dict[str, Any], label: str, unused: str = "\0") -> None
         raise DataError(f"lacks weights: {', '.join(missing[:5])}", label, "fetch or save the model again")
 
 
-def _check_plain_text(tokenizer: Any, label: str) -> None:
-    """Text from data must not become a control token: it could end a turn and begin another."""
-    for token in set(tokenizer.all_special_tokens) - {tokenizer.unk_token}:
-        if tokenizer.convert_tokens_to_ids(token) in encode_response(tokenizer, f"a {token} b"):
-            mend = "choose a model with a tokenizer of the fast kind (tokenizer.json)"
-            raise DataError(f"its tokenizer takes the text {token!r} for the control token", label, mend)
-
-
-def _short(error: Exception) -> str:
-    """The error as it may stand in a message: some list every tensor of the file."""
-    return f"{type(error).__name__}: {error}"[:300]
+def _control_tokens_in_text(tokenizer: Any) -> list[str]:
+    """Control tokens that text of the same letters becomes: it could end a turn and begin another."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(special.union(tokenizer.all_special_tokens) - {tokenizer.unk_token})
+    return [t for t in tokens if tokenizer.convert_tokens_to_ids(t) in encode_response(tokenizer, f"a {t} b")]
 
 
 def _check_context(config: Any, params: IngestParams) -> None:

@@ -90,8 +90,9 @@ def read_rows(
             yield from _parquet(path, bad, columns)
         else:
             raise DataError("is of no known kind", bad.label, "use .jsonl, .jsonl.gz, .csv or .parquet")
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise DataError(f"cannot be read: {error}", bad.label, "write the file again") from error
+    # The last: names of columns in Parquet that are not UTF-8.
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}"[:_SAID], bad.label, "write the file again") from error
 
 
 def read_tabs(path: Path, columns: int, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
@@ -164,23 +165,19 @@ def _csv(path: Path, bad: BadRows, json_columns: Collection[str]) -> Iterator[tu
 
 def _parquet(path: Path, bad: BadRows, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
     number = size = 0
-    file = pq.ParquetFile(path)
-    try:
-        found = [name for name in file.schema_arrow.names if name in columns]
-    except UnicodeDecodeError as error:
-        raise DataError(f"has a column whose name is not UTF-8: {error}", bad.label, "rename it") from error
+    file = pq.ParquetFile(path, buffer_size=MAX_ROW, pre_buffer=False)  # or it would hold a whole row group, packed
+    found = [name for name in file.schema_arrow.names if name in columns]
     _refuse_twice(found, bad.label)
-    for group in range(file.num_row_groups):
-        size += _bytes(file.metadata.row_group(group), found)
+    # Few rows at a time: a value that is stored once may stand in all of them.
+    for batch in file.iter_batches(batch_size=64, columns=found):
+        size += batch.nbytes
         _refuse_large(size, bad.label)
-        # Few rows at a time: a value that is stored once may stand in all of them.
-        for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=found):
-            for i in range(batch.num_rows):
-                number += 1
-                if batch.slice(i, 1).nbytes > MAX_ROW:
-                    bad.add(number, f"is longer than {_MIB} MiB", _SPLIT)
-                elif (row := _values(batch, i, number, bad)) is not None:
-                    yield number, row
+        for i in range(batch.num_rows):
+            number += 1
+            if batch.slice(i, 1).nbytes > MAX_ROW:
+                bad.add(number, f"is longer than {_MIB} MiB", _SPLIT)
+            elif (row := _values(batch, i, number, bad)) is not None:
+                yield number, row
 
 
 def _values(batch: pa.RecordBatch, i: int, number: int, bad: BadRows) -> Row | None:
@@ -196,12 +193,6 @@ def _values(batch: pa.RecordBatch, i: int, number: int, bad: BadRows) -> Row | N
             bad.add(number, f"cannot be read: {error}", "write the column with another type", name)
             return None
     return {name: value for name, value in row.items() if value is not None}
-
-
-def _bytes(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
-    """Of these columns, unpacked."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _decoded(file: IO[bytes], bad: BadRows) -> Iterator[tuple[int, str]]:
