@@ -54,3 +54,9 @@ class TrainingHealthError(ProximalError):
     """Training is not worth continuing: non-finite numbers, or a policy that has collapsed."""
 
     exit_code = 7
+
+
+class ResourceError(ProximalError):
+    """The machine lacks what the run needs: memory, disk, a device."""
+
+    exit_code = 8

@@ -7,6 +7,7 @@ from ppo_core.errors import (
     IntegrityError,
     Problem,
     ProximalError,
+    ResourceError,
     ResumeMismatch,
     TrainingHealthError,
 )
@@ -22,12 +23,6 @@ class Locked(ProximalError):
     """Another run holds the workspace."""
 
     exit_code = 6
-
-
-class ResourceError(ProximalError):
-    """The machine lacks what the run needs: memory, disk, a device."""
-
-    exit_code = 8
 
 
 class ServiceError(ProximalError):
