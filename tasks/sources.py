@@ -99,6 +99,8 @@ def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace
     name, revision = rest.split("@")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
+    if inside.startswith("/") or ".." in Path(inside).parts:
+        raise ConfigError(f"file {inside!r} leads out of the repository", source.source, "name a file in it")
     if isinstance(source, DataSource) and not inside:
         return _from_hub_by_split(source, rest, workspace, scratch)
     is_data = isinstance(source, DataSource)
