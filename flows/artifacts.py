@@ -26,6 +26,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.settings import PREFECT_API_URL
 
 from flows.server import HOST, MLFLOW_PORT, check_answers
+from tasks.addresses import public_uri
 from tasks.errors import ServiceError
 from tasks.pages import embed_pictures
 from tasks.workspace import Workspace
@@ -83,7 +84,7 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
 @shown
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
     """Where this training is in MLflow: on its server, or where `make ui` puts one."""
-    from tasks.tracking import connect, public_uri, tracking_uri  # MLflow takes seconds to import
+    from tasks.tracking import connect, tracking_uri  # MLflow takes seconds to import
 
     store = public_uri(tracking_uri(workspace))
     base = store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"

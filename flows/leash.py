@@ -32,6 +32,7 @@ def leashed(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterat
             env={**os.environ, **env},
             cwd=Path(__file__).resolve().parents[1],
             start_new_session=True,
+            umask=0o077,  # data bases and logs are for this user alone
         )
     try:
         yield child

@@ -23,6 +23,7 @@ from flows import artifacts, gpu, lifecycle, logs
 from tasks import environment
 from tasks.errors import ProximalError, ServiceError
 from tasks.params import Params, dump_params, load_params
+from tasks.seals import check_inputs
 from tasks.stages import STAGES, StageResult, machine_errors, run_stage, write_metrics
 from tasks.workspace import Workspace
 
@@ -130,6 +131,7 @@ def _ppo(params: Params, workspace: Workspace) -> StageResult:
     """The ppo stage cycle by cycle. After an error it starts again from the last finished cycle, not from memory."""
     from tasks.ppo import open_run
 
+    check_inputs("ppo", workspace)
     with machine_errors("ppo", workspace), open_run(params, workspace) as run:
         live = artifacts.LiveCycles(params.ppo.cycles)
         live.show(run.records, run.stopped)

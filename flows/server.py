@@ -17,6 +17,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows.leash import leashed
+from tasks.addresses import public_uri
 from tasks.errors import ServiceError
 
 HOST = "127.0.0.1"
@@ -67,7 +68,8 @@ def running_api() -> str:
     if configured or is_healthy(url):
         check_answers(url)
         return url
-    raise ServiceError("no Prefect server is running", url, "start one with `make ui`, or set PREFECT_API_URL")
+    mend = "start one with `make ui`, or set PREFECT_API_URL"
+    raise ServiceError("no Prefect server is running", public_uri(url), mend)
 
 
 def prefect_command(port: int) -> list[str]:
@@ -114,7 +116,8 @@ def check_answers(url: str, patience: float | None = None) -> None:
     deadline = time.monotonic() + (ANSWER_SECONDS if patience is None else patience)
     while not is_healthy(url):
         if time.monotonic() > deadline:
-            raise ServiceError("Prefect does not answer", url, "start that server, or unset PREFECT_API_URL")
+            mend = "start that server, or unset PREFECT_API_URL"
+            raise ServiceError("Prefect does not answer", public_uri(url), mend)
         time.sleep(0.5)
 
 

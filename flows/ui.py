@@ -24,6 +24,7 @@ from prefect.settings import get_current_settings  # noqa: E402
 from flows import server  # noqa: E402
 from flows.align import terminate  # noqa: E402
 from flows.leash import leashed  # noqa: E402
+from tasks.addresses import public_uri  # noqa: E402
 from tasks.errors import ProximalError, ResourceError, ServiceError  # noqa: E402
 from tasks.workspace import Workspace  # noqa: E402
 
@@ -71,7 +72,7 @@ def _serve(stack: ExitStack, dashboards: list[Dashboard], logs: Path) -> None:
     for dashboard, log, child in started:
         server.wait_until(dashboard.is_up, child, dashboard.name, log)
     for label, link in _links(*(dashboard.url for dashboard in dashboards)):
-        print(f"  {label:<18} {link}", flush=True)
+        print(f"  {label:<18} {public_uri(link)}", flush=True)
     print("Ctrl-C ends what was started here" if started else "both servers were running already", flush=True)
     while started:
         time.sleep(1)
@@ -98,9 +99,10 @@ def _dashboards(workspace: Workspace, prefect_port: int, mlflow_port: int) -> li
         return [prefect, Dashboard("MLflow", store.rstrip("/"), "")]
     artifacts = (workspace.main_root / "mlartifacts").as_uri()
     options = ["--host", server.HOST, "--port", str(mlflow_port), "--workers", "1"]
-    stores = ["--backend-store-uri", store, "--artifacts-destination", artifacts]
-    command = [sys.executable, "-m", "mlflow", "server", *options, *stores]
-    return [prefect, Dashboard("MLflow", f"http://{server.HOST}:{mlflow_port}", "", command)]
+    command = [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", artifacts]
+    # The address of a data base may hold a password, and every user of the machine can read a command line.
+    env = {"MLFLOW_BACKEND_STORE_URI": store}
+    return [prefect, Dashboard("MLflow", f"http://{server.HOST}:{mlflow_port}", "", command, env)]
 
 
 def _links(prefect: str, mlflow: str) -> Iterator[tuple[str, str]]:
@@ -126,7 +128,8 @@ def _check(dashboard: Dashboard) -> None:
     """Raises ResourceError that names who listens on a port of ours, ServiceError where another's server is away."""
     if not dashboard.command:
         if not dashboard.is_up():
-            raise ServiceError(f"{dashboard.name} does not answer", dashboard.url, "start it, or unset its address")
+            where = public_uri(dashboard.url)
+            raise ServiceError(f"{dashboard.name} does not answer", where, "start it, or unset its address")
         return
     port = urlsplit(dashboard.url).port
     for connection in psutil.net_connections("tcp"):
@@ -138,7 +141,7 @@ def _check(dashboard: Dashboard) -> None:
 
 def _command(pid: int) -> str:
     try:
-        return " ".join(psutil.Process(pid).cmdline())[:100]
+        return public_uri(" ".join(psutil.Process(pid).cmdline()))[:100]
     except psutil.Error:
         return "which does not show its command"
 

@@ -18,28 +18,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ppo_core.errors import ConfigError
+from ppo_core.errors import ConfigError, IntegrityError
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
-    """The transformers model in `folder` (safetensors only, no remote code), frozen, without dropout."""
+    """The transformers model in `folder` (safetensors only, no remote code), frozen, without dropout.
+
+    Raises IntegrityError where it is damaged or lacks weights.
+    """
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / "config.json"))
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    mend = "restore the files that were there"
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"does not load: {error}", str(folder), mend) from error
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random weights in their place.
-        raise ConfigError(f"lacks the weights {missing}", str(folder), "restore the file that was there")
+        raise IntegrityError(f"lacks the weights {', '.join(missing)}", str(folder), mend)
     return without_dropout(model).requires_grad_(False).eval()
 
 

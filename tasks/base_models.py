@@ -14,13 +14,14 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
 )
 
+from ppo_core.tokens import encode_response
 from tasks.errors import ConfigError, DataError
 from tasks.params import IngestParams
 from tasks.sources import MODEL_FILES, Fetched, digest
@@ -28,6 +29,7 @@ from tasks.workspace import Workspace
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """How peft calls the files of an adapter."""
+_MEND = "fetch or save the model again; it is a folder as save_pretrained writes it, with no code of its own"
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +47,7 @@ def write_policy(
         _copy(fetched, target, adapter)
     if adapter is not None:
         _merge(adapter, target)
-    try:
-        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-        _, report = AutoModelForCausalLM.from_pretrained(
-            target, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"does not load as a language model: {error}", fetched.label, "check the folder") from error
-    _check_whole(report, fetched.label)
+    config, tokenizer = _checked(AutoModelForCausalLM, target, fetched.label, "a language model")
     _check_context(config, params)
     return _with_ends(tokenizer, target, fetched.label)
 
@@ -61,11 +55,35 @@ def write_policy(
 def write_judge(fetched: Fetched, target: Path) -> None:
     """Copy the model that becomes the judge to the folder `target`. Raises DataError."""
     _copy(fetched, target)
+    # The judge takes the mean of the last layer: a pooler trained for something else may be missing.
+    _checked(AutoModel, target, fetched.label, "an encoder", unused="pooler.")
+
+
+def _checked(kind: Any, folder: Path, label: str, called: str, unused: str = "\0") -> tuple[Any, Any]:
+    """Configuration and tokenizer of the model in `folder`, of which everything was loaded once and is sound."""
     try:
-        AutoConfig.from_pretrained(target, trust_remote_code=False)
-        AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"does not load: {error}", fetched.label, "check the folder") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        control = _control_tokens_in_text(tokenizer)
+        last = max(tokenizer.get_vocab().values())
+    except MemoryError:
+        raise
+    except Exception as error:  # the readers of these formats meet damage with whatever error comes first
+        if "allocate memory" in str(error):
+            raise
+        what = f"does not load as {called}: {type(error).__name__}: {error}"
+        raise DataError(what[:300], label, _MEND) from error  # some errors list every tensor
+    _check_whole(report, label, unused)
+    if broken := [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]:
+        raise DataError(f"holds weights that are not finite: {', '.join(broken[:5])}", label, _MEND)
+    if last >= (rows := model.get_input_embeddings().num_embeddings):
+        raise DataError(f"has {rows} embeddings, but its tokenizer knows token {last}", label, _MEND)
+    if control:
+        mend = "choose a model with a tokenizer of the fast kind (tokenizer.json)"
+        raise DataError(f"its tokenizer takes the text {control[0]!r} for the control token", label, mend)
+    return model.config, tokenizer
 
 
 def write_reward(fetched: Fetched | None, target: Path) -> None:
@@ -83,17 +101,9 @@ def write_reward(fetched: Fetched | None, target: Path) -> None:
 
 
 def _check_reward(folder: Path, label: str) -> None:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        _, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"does not load as a sequence classifier: {error}", label, "check the folder") from error
+    config, _ = _checked(AutoModelForSequenceClassification, folder, label, "a sequence classifier")
     if config.num_labels != 1:
         raise DataError(f"has {config.num_labels} labels", label, "name a reward model: a classifier with one label")
-    _check_whole(report, label)
 
 
 def _copy(fetched: Fetched, target: Path, adapter: Fetched | None = None) -> None:
@@ -181,11 +191,12 @@ def _convert(gguf: Path, target: Path) -> None:
         model, report = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # the reader of the format meets damage with whatever error comes first
         mend = "fetch it again; or use an architecture that transformers reads from GGUF, or a folder of its own format"
         raise DataError(f"cannot be converted: {type(error).__name__}: {error}", gguf.name, mend) from error
@@ -194,10 +205,17 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _check_whole(report: dict[str, Any], label: str) -> None:
-    """Weights that a file lacks would be drawn at random, with no more than a warning."""
-    if missing := sorted(report["missing_keys"]):
+def _check_whole(report: dict[str, Any], label: str, unused: str = "\0") -> None:
+    """Weights that a file lacks would be drawn at random, with no more than a warning; `unused` begins other names."""
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(unused)):
         raise DataError(f"lacks weights: {', '.join(missing[:5])}", label, "fetch or save the model again")
+
+
+def _control_tokens_in_text(tokenizer: Any) -> list[str]:
+    """Control tokens that text of the same letters becomes: it could end a turn and begin another."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(special.union(tokenizer.all_special_tokens) - {tokenizer.unk_token})
+    return [t for t in tokens if tokenizer.convert_tokens_to_ids(t) in encode_response(tokenizer, f"a {t} b")]
 
 
 def _check_context(config: Any, params: IngestParams) -> None:

@@ -57,7 +57,7 @@ class RatedText:
 def read_feedback(path: Path, format: str, bad: BadRows) -> Iterator[Preference | RatedText]:
     """The good rows of a JSONL, CSV or Parquet file in one of the formats; the others go to `bad`."""
     schema = _SCHEMAS[format]
-    for number, row in read_rows(path, bad, _JSON_COLUMNS[format]):
+    for number, row in read_rows(path, bad, schema.model_fields, _JSON_COLUMNS[format]):
         try:
             # A null is a field that is not there.
             yield schema.model_validate({k: v for k, v in row.items() if v is not None}).parsed(number)
@@ -70,11 +70,14 @@ def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: Bad
     known: dict[str, list[float]] = {}
     for number, (key, _, _, cell) in read_tabs(ratings, 4, bad_ratings):
         try:
-            known[key] = _NUMBERS.validate_python(parse_json(cell))
+            found = _NUMBERS.validate_python(parse_json(cell))
         except ValidationError as error:
             _report(error, number, bad_ratings)
         except ValueError as error:
             bad_ratings.add(number, f"is no list of numbers: {error}", "write [1, 2, 3]", "ratings")
+        else:
+            if known.setdefault(key, found) is not found:
+                bad_ratings.add(number, f"rates the id {key!r} again", "leave one of the two out", "id")
     for number, (key, _, text) in read_tabs(texts, 3, bad):
         if key not in known:
             bad.add(number, f"has no ratings under the id {key!r}", f"add them to {bad_ratings.label}", "id")
@@ -96,7 +99,8 @@ def _readable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_readable)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+"""A rating or a margin. Far beyond any scale, sums and differences would overflow."""
 Numbers = Annotated[list[Number], Field(min_length=1)]
 _NUMBERS = TypeAdapter(Numbers, config=ConfigDict(strict=True))
 

@@ -21,6 +21,7 @@ from tasks.errors import DataError
 from tasks.formats import RatedText, read_feedback, read_rated_tables
 from tasks.params import DataSource, IngestParams, Params, SourceParams
 from tasks.rows import BadRows
+from tasks.seals import seal
 from tasks.sources import Fetched, fetch
 from tasks.stages import StageResult
 from tasks.workspace import Workspace
@@ -61,10 +62,13 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             *map(_data_origin, read),
         ]
         (canonical / workspace.provenance.name).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
+        result = _result(read, len(feedback), pairs, prompts)
         places = {canonical: workspace.canonical, base: workspace.base_model}
         places |= {judge_base: workspace.judge_base, reward_base: workspace.reward_base}
+        for folder in places:
+            seal(folder)
         _put_in_place(places, scratch)
-    return _result(read, len(feedback), pairs, prompts)
+    return result
 
 
 def _read(source: DataSource, params: IngestParams, workspace: Workspace, scratch: Path, lengths: Lengths) -> _Read:

@@ -28,6 +28,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
+from tasks.addresses import public_uri
 from tasks.errors import DataError, ServiceError
 
 PIPS_DEFAULT = "https://pypi.org/simple"
@@ -105,7 +106,7 @@ class PackageIndex:
             try:
                 links += self._read(page)
             except requests.RequestException as error:
-                silent.append(f"{_without_credentials(page)} does not answer ({_cause(error)})")
+                silent.append(f"{public_uri(page)} does not answer ({_cause(error)})")
         return links, silent
 
     def _pages(self, name: str) -> list[str]:
@@ -183,11 +184,6 @@ def _as_url(place: str) -> str:
 
 def _local(url: str) -> Path:
     return Path(url2pathname(urlsplit(url).path))
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _cause(error: requests.RequestException) -> str:

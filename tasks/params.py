@@ -6,15 +6,16 @@ Light to import (no torch, no pandas), because the Prefect UI draws its form fro
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
 from tasks.errors import ConfigError, Problem
+from tasks.strict_yaml import parse_yaml
 
 Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-]+@[\w.-]+|file:.+)$")]
 """`pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION`, or `file:PATH` below data/own."""
@@ -239,10 +240,12 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     Raises ConfigError that lists every problem with its path in the file.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError("no such file", str(path), "name one with --params FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", str(path), "name a file with --params FILE") from error
+    except ValueError as error:
         raise ConfigError(f"is not YAML: {error}", str(path), "mend the line it names") from error
     if not isinstance(raw, dict):
         raise ConfigError("holds no sections", str(path), "start from the params.yaml of the repository")
@@ -268,7 +271,10 @@ def _problem(where: str, detail: Any) -> Problem:
     key = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         return Problem("no such parameter", f"{where}:{key}", "see tasks/params.py for those there are")
-    return Problem(f"{detail['msg']} (got {detail['input']!r:.80})", f"{where}:{key}")
+    value = detail["input"]
+    # Through YAML's aliases a small file can hold a list of any size.
+    shown = f"{value!r:.80}" if isinstance(value, str) else reprlib.repr(value)
+    return Problem(f"{detail['msg']} (got {shown})", f"{where}:{key}")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -282,6 +288,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise ConfigError(f"{match[1]} does not name a key", "--set")
     try:
-        node[key] = yaml.safe_load(match[2])
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{match[2]!r} is no YAML value", f"--set {match[1]}", "quote it") from error
+        node[key] = parse_yaml(match[2])
+    except ValueError as error:
+        raise ConfigError(f"{match[2]!r:.80} is no YAML value", f"--set {match[1]}", "quote it") from error

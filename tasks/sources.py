@@ -99,6 +99,8 @@ def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace
     name, revision = rest.split("@")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
+    if inside.startswith("/") or ".." in Path(inside).parts:
+        raise ConfigError(f"file {inside!r} leads out of the repository", source.source, "name a file in it")
     if isinstance(source, DataSource) and not inside:
         return _from_hub_by_split(source, rest, workspace, scratch)
     is_data = isinstance(source, DataSource)
@@ -156,11 +158,19 @@ def _hub(where: str) -> Iterator[None]:
 def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspace) -> Fetched:
     path = workspace.own_data / named / inside
     label = f"data/own/{named}/{inside}".rstrip("/")
-    for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
-        target = entry.resolve()
-        if not target.is_relative_to(workspace.own_data.resolve()):
-            raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
-    if not path.exists():
+    # Not what data/own itself resolves to: it could be a link, too.
+    home = workspace.root.resolve() / workspace.own_data.relative_to(workspace.root)
+    try:
+        for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
+            target = entry.resolve()
+            if not target.is_relative_to(home):
+                raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
+            if target.exists() and not (target.is_file() or target.is_dir()):  # to read a named pipe waits for ever
+                raise DataError("is neither a file nor a folder", label, "copy what you mean into a file")
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, a NUL in it
+        raise DataError(f"cannot be looked up: {error}", label, "mend the path in params.yaml, or the link") from error
+    if not there:
         raise DataError("there is no such file or folder", label, "put it there, or mend the path in params.yaml")
     found = digest(workspace.own_data / named)
     _compare(found, source.sha256, label)

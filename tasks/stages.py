@@ -15,6 +15,7 @@ from typing import Any
 
 from tasks.errors import DataError, ResourceError
 from tasks.params import Params
+from tasks.seals import check_inputs
 from tasks.workspace import Workspace
 
 STAGES = ("ingest", "validate", "reward_model", "ppo", "evaluate", "register")
@@ -33,8 +34,9 @@ class StageResult:
 
 
 def run_stage(stage: str, params: Params, workspace: Workspace) -> StageResult:
-    """Run a stage's `run(params, workspace)` and write its metrics."""
+    """Run a stage's `run(params, workspace)` on inputs that are what was written, and write its metrics."""
     started = time.monotonic()
+    check_inputs(stage, workspace)
     with machine_errors(stage, workspace):
         # Imported here: each stage brings heavy libraries that the others do not need.
         result: StageResult = importlib.import_module(f"tasks.{stage}").run(params, workspace)

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from ppo_core.checkpoint import sha256
 from tasks import registry
+from tasks.addresses import public_uri
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
@@ -233,11 +233,6 @@ def service(client: MlflowClient) -> Iterator[None]:
     except (MlflowException, requests.RequestException):
         _probe(client.tracking_uri)
         raise
-
-
-def public_uri(uri: str) -> str:
-    """The address without the password that may stand in it."""
-    return re.sub(r"//[^@/]*@", "//", uri)
 
 
 def _experiment(client: MlflowClient, workspace: Workspace) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.errors import DataError
 from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
-from tasks.rows import MAX_LINE, BadRows
+from tasks.rows import MAX_ROW, BadRows
 
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 
@@ -220,14 +220,14 @@ def test_an_endless_line_is_reported_in_bounded_memory(tmp_path):
     file = tmp_path / "own.jsonl.gz"
     with gzip.open(file, "wb", compresslevel=1) as out:
         for _ in range(50):
-            out.write(b"a" * MAX_LINE)
+            out.write(b"a" * MAX_ROW)
         out.write(b"\n" + json.dumps({"chosen": ""}).encode())
     tracemalloc.start()
     found = problems(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [problem.split(" ")[0] for problem in found] == ["1", "2:chosen", "2:rejected"]
-    assert peak < 8 * MAX_LINE
+    assert peak < 8 * MAX_ROW
 
 
 def test_csv_rows_of_another_width_and_broken_quotes_are_named(tmp_path):
@@ -257,4 +257,4 @@ def test_text_in_parquet_that_is_not_utf8_is_named_by_row(tmp_path):
     )
     pq.write_table(pa.table({"chosen": column, "rejected": ["b", "c"]}), tmp_path / "own.parquet")
     (problem,) = problems(tmp_path / "own.parquet")
-    assert problem.startswith("2 is not UTF-8")
+    assert problem.startswith("2:chosen is not UTF-8")

@@ -31,7 +31,8 @@ OUTPUTS = {
     "register": [],
 }
 PASSING_ON = {
-    "errors", "fingerprint", "processes", "run_folder", "run_tags", "stages", "tracking", "workspace", "workspace_lock",
+    "addresses", "errors", "fingerprint", "processes", "run_folder", "run_tags", "seals", "stages", "strict_yaml",
+    "tracking", "workspace", "workspace_lock",
 }  # fmt: skip
 """Modules of tasks/ that move and record what others compute: a change of them changes no output."""
 SHIPPED = {"register": {REPOSITORY / "tasks" / "cycle_model.py"}}
