@@ -76,7 +76,7 @@ def _run(file: Path) -> ModuleType:
     module = ModuleType(f"own.{file.stem}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
-    exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
+    exec(compile(file.read_bytes(), file, "exec", dont_inherit=True), module.__dict__)
     return module
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tasks.errors import ConfigError, DataError, TrainingHealthError
 from tasks.fingerprint import fingerprint
 from tasks.own_function import OwnFunction, source_file
 from tasks.params import Params, check_params, load_params
-from tasks.preference_models import ReadyReward, ready_tokens
+from tasks.preference_models import ReadyReward, new_ready_reward, ready_tokens
 from tasks.rewards import load_trained, new_reward, on_human_scale
 from tasks.stages import run_stage
 from tasks.versioning import worktree
@@ -56,14 +57,16 @@ def test_its_module_is_looked_up_in_data_own_before_what_is_installed(own: Path)
     (own / "json").mkdir()
     mine = own / "json" / "decoder.py"
     mine.write_text(
-        "from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: 'int' = 3\n\nscore = lambda p, r: [A().x]"
+        "from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: 'int' = 3\n\n"
+        "assert A.__annotations__ == {'x': 'int'}  # no future of ours\n\nscore = lambda p, r: [A().x]"
     )
     assert source_file("json.decoder:score", own) == mine
     assert OwnFunction("json.decoder:score", own)(["p"], ["r"]) == [3.0]
     assert json.loads("[1]") == [1], "and what is installed stays as it is"
 
 
-def test_an_edit_counts_at_once(own: Path) -> None:
+def test_an_edit_counts_at_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     assert function(own, "return [1]")([""], [""]) == [1.0]
     assert function(own, "return [2]")([""], [""]) == [2.0]  # as long, and in the same second
 
@@ -168,6 +171,17 @@ def test_a_ready_made_model_is_measured_and_its_scale_fixed(ready: Workspace) ->
     np.testing.assert_allclose(scores, (raw - raw.mean()) / raw.std(), atol=1e-3)
     origin = {entry["name"]: entry for entry in json.loads(ready.provenance.read_text())}["reward"]
     assert (origin["source"], origin["licence"], len(origin["sha256"])) == ("file:reward", "MIT", 64)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_text_scores_the_same_beside_longer_ones(ready: Workspace, padded: bool) -> None:
+    scorer, tokenizer = new_ready_reward(ready, "float32")
+    texts = ["the film", "her story was so moving that nobody left", "no"]
+    raw = oracle(ready, texts)
+    if not padded:  # transformers then reads the last token, and refuses batches
+        scorer.classifier.config.pad_token_id = None
+    ids = [ready_tokens(tokenizer, "", "text", text, 40) for text in texts]
+    np.testing.assert_allclose(scorer.raw(ids), raw, atol=1e-5)
 
 
 def test_it_reads_conversations_through_its_own_template_and_no_text_becomes_a_control_token(ready: Workspace) -> None:
