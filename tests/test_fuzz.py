@@ -81,6 +81,21 @@ def problems(work: Callable[[], object]) -> Sequence[Problem]:
     return ()
 
 
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def put(value: Any, place: tuple[Any, ...], other: Any) -> Any:
+    """A copy of `value` with something else in one place."""
+    value = node = copy.deepcopy(value)
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = other
+    return value
+
+
 # Rows
 
 scalars = (
@@ -95,6 +110,15 @@ messages = st.lists(st.fixed_dictionaries({}, optional={"role": scalars, "conten
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
 fields = {name: scalars | messages | values for name in ("prompt", "chosen", "rejected", "text", "ratings")}
 rows = st.fixed_dictionaries({}, optional=fields | {"margin": scalars, "target": scalars}) | values
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "preferences": {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1, "target": 0.5},
+    "messages": {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "b"}], "margin": 1},
+    "hh": {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b"},
+    "ratings": {"text": "a", "ratings": [1, 2]},
+}
 
 
 @pytest.mark.fault("fuzz: any bytes as JSONL, CSV, Parquet", expected="valid rows, or where and mend")
@@ -116,6 +140,16 @@ def test_any_json(tmp_path: Path, lines: list[Any], form: str) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     found = read(path, form)
     assert all(1 <= item.row <= len(lines) for item in found)
+
+
+@pytest.mark.fault("fuzz: any value anywhere in a row", expected="valid rows, or where and mend")
+@steadily
+@given(st.data(), st.sampled_from(FORMATS), st.sampled_from(["\ud800", "a\0", " ", 1e308, -1]) | scalars | values)
+def test_any_value_in_a_row(tmp_path: Path, data: st.DataObject, form: str, value: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    row = put(GOOD[form], data.draw(st.sampled_from([place for place in places(GOOD[form]) if place])), value)
+    path.write_text(json.dumps(GOOD[form]) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    assert read(path, form)
 
 
 @pytest.mark.fault("fuzz: any cells as CSV", expected="valid rows, or where and mend")
@@ -190,12 +224,6 @@ def test_damaged_files(tmp_path: Path, seen: Seen) -> None:
 # Parameters
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
-
-
 PARAMS = dump_params(check_params(tiny.tiny_params()))
 FILE = "seed: 5\ningest: {policy: {source: 'file:a'}, judge: {source: 'file:b'}, data: []}\n"
 PLACES = [path for path in places(PARAMS) if path]
@@ -210,11 +238,7 @@ PLACES = [path for path in places(PARAMS) if path]
     value=values | st.integers(-2, 2) | st.sampled_from([math.nan, math.inf, -0.0, "1e-5"]),
 )
 def test_any_value_anywhere(place: tuple[Any, ...], value: Any) -> None:
-    raw = copy.deepcopy(PARAMS)
-    node: Any = raw
-    for key in place[:-1]:
-        node = node[key]
-    node[place[-1]] = value
+    raw = put(PARAMS, place, value)
     if said := problems(lambda: check_params(raw, "params.yaml")):
         assert all(problem.where.startswith("params.yaml:") and len(str(problem)) < 1000 for problem in said)
         return
