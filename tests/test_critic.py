@@ -76,6 +76,7 @@ def test_training_a_separate_critic_moves_it_and_not_the_reward_model(trainable:
     t = trainer_of(base, config(trainable, "separate", start="reward_model"), reward_model=scorer)
     t.reward = ModelReward(scorer, t.model)
     before = [p.detach().clone() for p in t.model.critic_weights()]
+    assert len(before) > 2, "layers or an adapter of its own, beside the head"
     t.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, t.model.critic_weights(), strict=True))
     assert (digest(scorer), digest(scorer.trunk), digest(base)) == frozen

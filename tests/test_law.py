@@ -160,7 +160,7 @@ def test_ties_and_sets_larger_than_the_vocabulary():
     logits=st.lists(st.one_of(st.floats(-300, 30, width=32), st.just(-math.inf)), min_size=1, max_size=40).filter(
         lambda x: max(x) > -math.inf
     ),
-    uniform=st.one_of(st.just(0.0), st.just(1 - 2**-24), st.floats(0, 1, exclude_max=True, width=32)),
+    uniform=st.one_of(st.just(0.0), st.just(1 - 2**-24), st.just(1.0), st.floats(0, 1, exclude_max=True, width=32)),
 )
 @settings(max_examples=100, deadline=None)
 def test_a_token_without_probability_is_never_drawn(logits: list[float], uniform: float):

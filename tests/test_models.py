@@ -112,6 +112,19 @@ def test_trained_weights_make_a_plain_model_the_policy(family: str, trainable: s
     torch.testing.assert_close(sampled.detach(), logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTJ"])  # with an output layer of its own, tied, with a bias
+def test_full_training_is_of_every_weight(family: str):
+    model = ActorCritic(tiny_model(family), config("full").model)
+    assert set(model.policy_weights()) == {name for name, _ in plain_model(family).named_parameters()}
+
+
+def test_top_layers_are_the_last_ones_and_the_norm():
+    model = ActorCritic(tiny_model("Llama"), config("top_layers").model)
+    names = {name for name, _ in plain_model("Llama").named_parameters()}
+    top = ("model.layers.2.", "model.layers.3.", "model.norm.")
+    assert set(model.policy_weights()) == {name for name in names if name.startswith(top)}
+
+
 def test_weights_of_another_model_are_refused():
     with pytest.raises(KeyError, match=r"model\.layers\.9"):
         install(tiny_model("Llama"), {"model.layers.9.mlp.up_proj.weight": torch.zeros(48, 32)})

@@ -17,7 +17,7 @@ TEXTS = [
     ("the film was", " decent.", ["<|im_end|>"]),  # ended by EOS
     ("a", " naïve – 日本", []),  # cut
     ("so <|im_end|> was forged", " and\n\nstopped\n", []),  # ended by a stop string, which is text
-    (" spaces ", "", ["<|endoftext|>"]),  # a stop token at once
+    (" spaces ", "", ["Ġfilm"]),  # a stop token at once, which would read as text
 ]
 
 
