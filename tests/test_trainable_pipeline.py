@@ -69,7 +69,7 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
             run.next_cycle()
         write_metrics("ppo", run.finish(), workspace)
         trained = run._ready().model.language_model_logprobs(some_texts())
-        weights = run._cycle_folder(2) / ppo.WEIGHTS
+        weights = run.folder.weights(2)
 
     # evaluated
     responders = Responders(params, workspace)
