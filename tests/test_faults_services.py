@@ -25,6 +25,7 @@ from waiting import eventually
 from flows.leash import leashed
 from flows.server import HOST, api_url, free_port, is_healthy, prefect_command, prefect_environment, wait_until
 from tasks import tracking
+from tasks.run_tags import PID, STARTED, is_alive, process_tags
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace
@@ -66,6 +67,47 @@ def test_mlflow_away_at_the_start_is_told_in_time(
     assert not list(training.runs.rglob("cycle_*"))
     assert seconds < 60, "whatever else the machine is doing"
     seen(f"exit 9 after {seconds:.0f} s, address named")
+
+
+@pytest.mark.fault("32: SIGTERM to the stage in training", expected="exit 143, MLflow run KILLED; it continues")
+def test_a_terminated_stage_closes_its_run(server: Stages, training: Workspace, seen: Callable[[str], None]) -> None:
+    log = training.root / "log"
+    pid = server.begin(stage(training), log, "iteration done:1:SIGTERM")
+    assert server.end() == 143, log.read_text()
+    client = tracking.connect(training)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    assert [run.info.status for run in client.search_runs([experiment])] == ["KILLED"]
+    assert not psutil.pid_exists(pid)
+    assert server.run(stage(training), log) == 0, log.read_text()
+    assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED"]
+    seen("exit 143, KILLED, then FINISHED")
+
+
+@pytest.mark.fault("a run left RUNNING by a process that is dead but not buried", expected="counts as dead")
+def test_a_zombie_is_dead() -> None:
+    """As where the first process of a container buries nobody."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began = psutil.Process(process.pid).create_time()
+        tags = process_tags() | {PID: str(process.pid), STARTED: str(began)}
+        assert is_alive(tags)
+        process.kill()
+        assert eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert not is_alive(tags)
+    assert not is_alive(tags)
+
+
+@pytest.mark.fault("a run in MLflow begun and left in the same moment", expected="KILLED when another one opens")
+def test_a_run_says_whose_it_is_from_its_first_moment(
+    server: Stages, training: Workspace, seen: Callable[[str], None]
+) -> None:
+    log = training.root / "log"
+    assert server.run(stage(training), log, "run created:1") == -signal.SIGKILL
+    other = [*stage(training), "--set", "seed=6", "--set", "ppo.cycles=1"]
+    assert server.run(other, log) == 0, log.read_text()
+    client = tracking.connect(training)
+    runs = client.search_runs([client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
+    seen("KILLED")
 
 
 @contextmanager
