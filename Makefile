@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 # The commands of dvc.yaml call `python`: that of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help align ui test faults check lock
+.PHONY: help align ui test faults soak check lock
 
 help:
 	@echo "make align   run the pipeline: data, reward model, PPO, evaluation, registration"
 	@echo "make ui      start the Prefect and MLflow UIs on this machine; Ctrl-C ends both"
 	@echo "make test    run the tests"
-	@echo "make faults  break it in every way we know and print what happened: fault, expected, seen"
+	@echo "make faults  break it in the known ways and print what happened: fault, expected, seen"
+	@echo "make soak    kill a tiny training 50 times at random and compare it with one left alone"
 	@echo "make check   lint, formatting, types, import contract"
 	@echo "make lock    bring requirements.lock and requirements-dev.lock up to date with the .in files"
 
@@ -26,6 +27,9 @@ test: $(VENV)/ready-dev
 
 faults: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "fault and not gpu"
+
+soak: $(VENV)/ready-dev
+	@$(BIN)/python tests/soak.py $(SOAK)
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check

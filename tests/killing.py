@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,23 +160,34 @@ class Stages:
 
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
+        self.running: int | None = None
 
     def begin(self, command: list[str], log: Path, kill_at: str = "", env: dict[str, str] | None = None) -> int:
         """Start it; its process id. It is a child of the server, which reaps it."""
-        assert self._server.stdin is not None
-        order = {"command": command, "log": str(log), "kill_at": kill_at, "env": env or {}}
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        return self._answer()
+        return self._order({"command": command, "log": str(log), "kill_at": kill_at, "env": env or {}})
 
     def end(self) -> int:
         """Wait for it; its exit status, -9 if it was killed."""
-        return self._answer()
+        status = self._answer()
+        self.running = None
+        return status
 
     def run(self, command: list[str], log: Path, kill_at: str = "", env: dict[str, str] | None = None) -> int:
         """Start it and wait."""
         self.begin(command, log, kill_at, env)
         return self.end()
+
+    def run_for(self, seconds: float, command: list[str], log: Path) -> int:
+        """Start it, kill it after so many seconds; 0 if it has ended before."""
+        self._order({"command": command, "log": str(log), "kill_after": seconds})
+        return self.end()
+
+    def _order(self, order: dict[str, Any]) -> int:
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        self.running = self._answer()
+        return self.running
 
     def _answer(self) -> int:
         assert self._server.stdout is not None
@@ -189,7 +201,10 @@ def stages() -> Iterator[Stages]:
         [sys.executable, __file__], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with server:
-        yield Stages(server)
+        made = Stages(server)
+        yield made
+        if made.running:  # a test failed while it was stopped
+            os.kill(made.running, signal.SIGKILL)
         assert server.stdin is not None
         server.stdin.close()
 
@@ -202,6 +217,9 @@ def _serve() -> None:
         if child == 0:
             _become(order)
         print(child, file=answers, flush=True)
+        if "kill_after" in order:
+            time.sleep(order["kill_after"])
+            os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still its own
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, file=answers, flush=True)
 
@@ -211,9 +229,9 @@ def _become(order: dict[str, Any]) -> None:
     with Path(order["log"]).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    os.environ.update(order["env"])
+    os.environ.update(order.get("env", {}))
     try:
-        os._exit(_run(order["command"], order["kill_at"]))
+        os._exit(_run(order["command"], order.get("kill_at", "")))
     except SystemExit as end:
         os._exit(int(end.code or 0))
     except BaseException:

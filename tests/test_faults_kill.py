@@ -5,23 +5,17 @@ Weights, optimiser, records and the history in MLflow are compared bit for bit; 
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import tiny
 from courses import course, differences
-from killing import REPOSITORY, Stages, stages
-from stores import new_store
+from killing import Stages
 
-from tasks.params import load_params
-from tasks.stages import run_stage
 from tasks.workspace import Workspace
+
+pytest_plugins = ["trainings"]
 
 QUICK = ("optimiser stepped:10", "all synced:1", "saved:1", "model uploaded:1")
 """One death in each part: training, checkpoint, between its two halves, record."""
@@ -76,44 +70,6 @@ Two cycles of two iterations of two epochs of two minibatches. A process that co
 """
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace whose ppo stage may begin."""
-    changes: dict[str, Any] = {"ppo": {"iterations": 2, "keep_states": 1, "update": {"epochs": 2}}}
-    changes["ppo"]["reward"] = {"kl_target": 1.0, "kl_horizon": 100}
-    workspace = new_store(tiny.tiny_workspace(tmp_path_factory.mktemp("ready") / "checkout", changes))
-    params = load_params(workspace.params)
-    run_stage("ingest", params, workspace)
-    run_stage("reward_model", params, workspace)
-    return workspace
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Stages]:
-    with stages() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(ready: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command itself leaves: `python -m tasks ppo`, in a process of its own."""
-    workspace = copy(ready, tmp_path_factory.mktemp("unharmed"))
-    command = [sys.executable, "-m", "tasks", "ppo", "--workspace", str(workspace.root)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return course(workspace)
-
-
-@pytest.fixture
-def workspace(ready: Workspace, tmp_path: Path) -> Workspace:
-    return copy(ready, tmp_path)
-
-
-def copy(ready: Workspace, folder: Path) -> Workspace:
-    shutil.copytree(ready.root, folder / "checkout")
-    return Workspace(folder / "checkout")
-
-
 def die_and_finish(kills: Sequence[str], server: Stages, workspace: Workspace) -> dict[str, Any]:
     """The course of a training that was killed at each of `kills` and begun again with the same command."""
     log = workspace.root / "log"
@@ -127,9 +83,9 @@ def die_and_finish(kills: Sequence[str], server: Stages, workspace: Workspace) -
 
 @pytest.mark.fault("1-7: SIGKILL in training, checkpoint and record", expected="equal to the run that was never killed")
 def test_killed_and_begun_again_equals_never_killed(
-    server: Stages, workspace: Workspace, uninterrupted: dict[str, Any], seen: Callable[[str], None]
+    server: Stages, training: Workspace, uninterrupted: dict[str, Any], seen: Callable[[str], None]
 ) -> None:
-    assert differences(die_and_finish(QUICK, server, workspace), uninterrupted) == []
+    assert differences(die_and_finish(QUICK, server, training), uninterrupted) == []
     seen(f"killed {len(QUICK)} times, equal")
 
 
@@ -140,9 +96,9 @@ def test_killed_and_begun_again_equals_never_killed(
     for where, kills in CHAINS.items()
 ])  # fmt: skip
 def test_killed_at_every_point(
-    where: str, server: Stages, workspace: Workspace, uninterrupted: dict[str, Any], seen: Callable[[str], None]
+    where: str, server: Stages, training: Workspace, uninterrupted: dict[str, Any], seen: Callable[[str], None]
 ) -> None:
-    assert differences(die_and_finish(CHAINS[where], server, workspace), uninterrupted) == []
+    assert differences(die_and_finish(CHAINS[where], server, training), uninterrupted) == []
     seen(f"killed {len(CHAINS[where])} times, equal: weights, optimiser, records, every point in MLflow")
 
 

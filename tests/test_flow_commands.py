@@ -37,6 +37,7 @@ from tasks.workspace import Workspace
 pytest_plugins = ["flow_server"]
 
 
+@pytest.mark.fault("14: the lease of the GPU slot is lost", expected="taken again; training goes on")
 def test_a_lost_lease_is_taken_again(client: SyncPrefectClient) -> None:
     gpu.ensure_limit()
 
@@ -58,6 +59,7 @@ def test_a_lost_lease_is_taken_again(client: SyncPrefectClient) -> None:
     assert _taken(client) == 0
 
 
+@pytest.mark.fault("14: Prefect is away when the lease is renewed", expected="logged; training goes on")
 def test_a_server_that_is_away_does_not_end_the_work(caplog: pytest.LogCaptureFixture) -> None:
     class Away:
         def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -86,6 +88,7 @@ def test_a_signal_that_meets_a_finalizer_arrives_nevertheless() -> None:
         time.sleep(5 if Finalized() else 0)
 
 
+@pytest.mark.fault("32: the parent of a server is killed", expected="the server ends")
 def test_a_leashed_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys, time\nfrom flows.leash import leashed\n"
@@ -99,6 +102,7 @@ def test_a_leashed_process_ends_with_the_one_that_started_it(tmp_path: Path) -> 
     assert eventually(lambda: has_ended(child))
 
 
+@pytest.mark.fault("14: Prefect does not answer at the start", expected="exit 9 within 12 s, address named")
 def test_a_configured_server_that_is_away_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.ANSWER_SECONDS + 2 < 15
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)

@@ -47,6 +47,9 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"it ended without {pattern}:\n{told}")
 
 
+@pytest.mark.fault(
+    "32: SIGTERM, SIGINT, Cancel", expected="exit 143, 130, 143; state recorded, no process left, lock free"
+)
 @pytest.mark.parametrize(
     ("how", "code", "state"), [("SIGTERM", 143, "Crashed"), ("SIGINT", 130, "Crashed"), ("cancel", 143, "Cancelled")]
 )
@@ -70,6 +73,9 @@ def test_a_run_that_is_told_to_end_ends_and_frees_all(
         pass
 
 
+@pytest.mark.fault(
+    "32: the whole command is killed in training", expected="its server ends; the same command continues"
+)
 def test_killed_in_training_it_leaves_no_server_and_continues(tmp_path: Path) -> None:
     """With a server of its own. Then it all is up to date, for DVC too, and nothing runs again."""
     checkout = tiny.tiny_workspace(tmp_path / "checkout")

@@ -254,6 +254,7 @@ def test_other_parameters_run_in_a_worktree_the_same_ones_in_the_same(
     assert asked[1][1] != asked[2][1]
 
 
+@pytest.mark.fault("a flow run left RUNNING by a dead process", expected="Crashed at the next start, GPU slot free")
 def test_what_dead_processes_left_open_is_closed(stages: Stages, place: Workspace, client: SyncPrefectClient) -> None:
     gpu.ensure_limit()
     lease = client.increment_concurrency_slots_with_lease([gpu.SLOT], 1, "concurrency", 600).json()["lease_id"]

@@ -50,6 +50,7 @@ def hold(place: Workspace, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault("21: a second run in the workspace", expected="exit 6 within 1 s, holder named")
 def test_a_second_run_is_refused_at_once_and_told_who_holds_the_workspace(place: Workspace) -> None:
     with hold(place, 60) as holder:
         assert holder.stdout is not None
@@ -65,6 +66,7 @@ def test_a_second_run_is_refused_at_once_and_told_who_holds_the_workspace(place:
         holder.kill()
 
 
+@pytest.mark.fault("21: the holder of the workspace is killed", expected="the workspace is free at once")
 def test_sigkill_frees_the_lock(place: Workspace) -> None:
     with hold(place, 60) as holder:
         assert holder.stdout is not None
@@ -91,6 +93,7 @@ def test_a_second_run_in_the_same_process_is_refused(place: Workspace) -> None:
         pass
 
 
+@pytest.mark.fault("21: a stage by hand while a run is at work", expected="exit 6, holder named")
 def test_a_stage_started_by_hand_exits_with_6(place: Workspace) -> None:
     with hold(place, 60) as holder:
         assert holder.stdout is not None
@@ -102,6 +105,7 @@ def test_a_stage_started_by_hand_exits_with_6(place: Workspace) -> None:
     assert f"process {holder.pid}" in stage.stderr
 
 
+@pytest.mark.fault("33: dvc repro is ended or killed", expected="its stage ends too, its record closed")
 @pytest.mark.parametrize(
     ("shell", "how"),
     [

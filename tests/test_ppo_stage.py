@@ -69,6 +69,7 @@ def test_more_cycles_continue_and_fewer_need_no_training(workspace: Workspace, p
         assert run.finish().metrics["result_cycle"] == 1
 
 
+@pytest.mark.fault("22: parameters changed before a resume", expected="a new run; the old one is kept")
 def test_another_learning_rate_is_another_run(workspace: Workspace, params: Params):
     first = ppo.run(params, workspace).metrics["fingerprint"]
     update = params.ppo.update.model_copy(update={"learning_rate": 5e-4})
@@ -77,6 +78,7 @@ def test_another_learning_rate_is_another_run(workspace: Workspace, params: Para
     assert len(list((workspace.work / "ppo" / first).glob("cycle_*"))) == 2  # the old one is kept
 
 
+@pytest.mark.fault("22: libraries or machine changed before a resume", expected="exit 5, each old -> new")
 def test_another_environment_is_refused_with_the_list(
     workspace: Workspace, params: Params, monkeypatch: pytest.MonkeyPatch
 ):
@@ -90,6 +92,7 @@ def test_another_environment_is_refused_with_the_list(
         assert run.stopped == "cycles"
 
 
+@pytest.mark.fault("9: a flipped byte in the weights of a cycle", expected="exit 4 at the next start, file named")
 def test_a_flipped_byte_in_a_checkpoint_is_noticed(workspace: Workspace, params: Params):
     metrics = ppo.run(params, workspace).metrics
     path = workspace.work / "ppo" / metrics["fingerprint"] / "cycle_002" / "policy.safetensors"
@@ -125,6 +128,7 @@ def test_the_result_is_that_of_the_limits_whatever_was_trained_before(workspace:
     assert (metrics["stopped_by"], metrics["cycles"], metrics["result_cycle"]) == ("target", 1, 1)
 
 
+@pytest.mark.fault("9: a damaged state", expected="exit 4, what to delete named, and that helps")
 def test_a_damaged_state_says_what_to_delete_and_that_helps(workspace: Workspace, params: Params):
     folder = workspace.runs / ppo.run(params, workspace).metrics["fingerprint"]
     weights_before = weights(workspace)
@@ -140,6 +144,7 @@ def test_a_damaged_state_says_what_to_delete_and_that_helps(workspace: Workspace
     assert weights(workspace) == weights_before
 
 
+@pytest.mark.fault("11: a cycle is missing in the middle", expected="exit 4, named")
 def test_a_missing_cycle_in_the_middle_is_named(workspace: Workspace, params: Params):
     folder = workspace.runs / ppo.run(params, workspace).metrics["fingerprint"]
     shutil.rmtree(folder / "cycle_001")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
+from killing import Stages
 from mlflow import MlflowClient
 from stores import new_store
 from tiny import tiny_params, tiny_policy
@@ -52,6 +55,7 @@ GOOD: dict[str, Any] = {
     "n": 400,
 }
 NAME = "aligned-policy"
+pytest_plugins = ["trainings"]
 
 
 @pytest.fixture
@@ -280,6 +284,18 @@ def test_promotions_at_once_take_turns(
     versions = client(main).search_model_versions(f"name = '{NAME}'")
     assert [version.status for version in versions] == ["READY"] * 3
     seen("3 versions, each READY and verified, the last made is the candidate")
+
+
+@pytest.mark.fault("31: killed between version and alias", expected="the same command ends it: one version, its alias")
+def test_a_registration_that_was_killed_is_completed(evaluated: Workspace, server: Stages) -> None:
+    evaluated.params.write_text(yaml.safe_dump(tiny_params()), encoding="utf-8")
+    command, log = ["register", "--workspace", str(evaluated.root)], evaluated.root / "log"
+    for kill in ("version created:1", "version verified:1"):
+        assert server.run(command, log, kill) == -signal.SIGKILL, log.read_text()
+        assert registry.with_alias(client(evaluated), NAME, "candidate") is None
+    assert server.run(command, log) == 0, log.read_text()
+    assert [int(v.version) for v in client(evaluated).search_model_versions(f"name = '{NAME}'")] == [1]
+    assert bearer(evaluated, "candidate") == 1
 
 
 def git(root: Path, *command: str) -> None:
