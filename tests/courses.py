@@ -8,7 +8,7 @@ from typing import Any
 
 from ppo_core.checkpoint import MANIFEST, sha256
 from tasks import tracking
-from tasks.run_tags import HOST, PID, STARTED
+from tasks.processes import HOST, PID, STARTED
 from tasks.tracking import connect
 from tasks.workspace import Workspace
 

@@ -58,7 +58,7 @@ POINTS = {
     "cycle begun": Point("before", "tasks.ppo:PPORun.next_cycle"),
     "sampled": Point("before", "ppo_core.rollout:ModelReward.__call__", STEP),
     "scored": Point("after", "ppo_core.rollout:ModelReward.__call__", STEP),
-    "rolled out": Point("after", "ppo_core.trainer:Trainer.roll_out"),
+    "rolled out": Point("after", "ppo_core.trainer:Trainer.score"),
     "advantages estimated": Point("after", "ppo_core.trainer:Trainer.estimate"),
     "gradient computed": Point("before", "torch.optim:AdamW.step", STEP),
     "optimiser stepped": Point("after", "torch.optim:AdamW.step", STEP),

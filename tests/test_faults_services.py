@@ -25,7 +25,7 @@ from waiting import eventually
 from flows.leash import leashed
 from flows.server import HOST, api_url, free_port, is_healthy, prefect_command, prefect_environment, wait_until
 from tasks import tracking
-from tasks.run_tags import PID, STARTED, is_alive, process_tags
+from tasks.processes import PID, STARTED, is_alive, process_tags
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace
