@@ -23,6 +23,7 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL
 
 from flows.server import HOST, MLFLOW_PORT, check_answers
@@ -61,9 +62,9 @@ def shown(publish: Callable[_Given, None]) -> Callable[_Given, None]:
     def if_it_answers(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
         url = str(PREFECT_API_URL.value())
         try:
-            check_answers(url, patience=0)  # one question instead of the client's patience with every call
+            check_answers(url, patience=3)  # a few seconds instead of the client's patience with every call
             publish(*args, **kwargs)
-        except (httpx.HTTPError, ServiceError) as error:
+        except (httpx.HTTPError, PrefectException, ServiceError) as error:
             log.warning("not shown in Prefect: %s", error)
 
     return if_it_answers

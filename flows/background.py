@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 5.0
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
 from tasks.rewards import described, load_trained, new_reward
 from tasks.run_folder import Record, RunFolder
+from tasks.seals import seal
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
@@ -193,6 +194,7 @@ class PPORun:
         with needs_room(beside.parent, size_of(model.state_dict())):
             model.save_pretrained(beside)
         load_tokenizer(self.workspace.base_model).save_pretrained(beside)
+        seal(beside)
         shutil.rmtree(self.workspace.policy, ignore_errors=True)
         beside.rename(self.workspace.policy)
 

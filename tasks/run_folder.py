@@ -79,7 +79,10 @@ class RunFolder:
 
     def check_room(self, state: State, weights: Mapping[str, Tensor]) -> None:
         """Raise ResourceError where the next cycle could not be saved: better before its training than after."""
-        with needs_room(self.path, size_of(state[0], weights)):
+        tensors = state[0]
+        # Before its first step the optimiser has no moments yet: two for every master will come.
+        to_come = 0 if any(name.startswith("adam.") for name in tensors) else 2
+        with needs_room(self.path, size_of(*[tensors] * (1 + to_come), weights)):
             pass
 
     def save(self, record: Record, state: State, weights: Mapping[str, Tensor], keep_states: int) -> None:

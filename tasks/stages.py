@@ -61,7 +61,7 @@ def machine_errors(stage: str, workspace: Workspace) -> Iterator[None]:
             raise ResourceError(f"memory is not enough: {error}", stage, _LESS_MEMORY) from error
         raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(workspace.root).free
             raise ResourceError(
                 f"the disk is full ({free} bytes are free)", str(error.filename), "make room"

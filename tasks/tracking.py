@@ -100,15 +100,16 @@ class Tracker:
         Locked where another living process of this machine has the run open.
         """
         client = connect(workspace)
-        experiment = _experiment(client, workspace)
-        _close_abandoned(client, experiment)
-        run = _find(client, experiment, fingerprint)
-        if run is None:
-            tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
-            run = client.create_run(experiment, tags=tags, run_name=f"alignment-{fingerprint[:8]}")
-        _check_free(run)
-        tracker = cls(client, run, workspace, params)
-        tracker._begin()
+        with service(client):
+            experiment = _experiment(client, workspace)
+            _close_abandoned(client, experiment)
+            run = _find(client, experiment, fingerprint)
+            if run is None:
+                tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
+                run = client.create_run(experiment, tags=tags, run_name=f"alignment-{fingerprint[:8]}")
+            _check_free(run)
+            tracker = cls(client, run, workspace, params)
+            tracker._begin()
         return tracker
 
     @property
@@ -242,7 +243,12 @@ def _experiment(client: MlflowClient, workspace: Workspace) -> str:
         return identifier
     local = tracking_uri(workspace).startswith("sqlite:")
     place = (workspace.main_root / "mlartifacts").as_uri() if local else None  # a server has a place of its own
-    created: str = client.create_experiment(EXPERIMENT, artifact_location=place)
+    try:
+        created: str = client.create_experiment(EXPERIMENT, artifact_location=place)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _experiment(client, workspace)  # another run created it meanwhile
     return created
 
 

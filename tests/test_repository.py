@@ -31,7 +31,7 @@ OUTPUTS = {
     "register": [],
 }
 PASSING_ON = {
-    "addresses", "errors", "fingerprint", "processes", "run_folder", "run_tags", "seals", "stages", "strict_yaml",
+    "addresses", "errors", "fingerprint", "processes", "run_folder", "run_tags", "stages", "strict_yaml",
     "tracking", "workspace", "workspace_lock",
 }  # fmt: skip
 """Modules of tasks/ that move and record what others compute: a change of them changes no output."""

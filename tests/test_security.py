@@ -54,6 +54,9 @@ def test_our_code_reads_and_writes_no_pickle(seen: Seen) -> None:
         assert not imported & UNPICKLING, module
         for call in calls(module):
             name = ast.unparse(call.func)
+            if name == "exec":
+                assert module.name == "own_function.py", module  # the reward function that a user names
+                continue
             assert name not in CALLS, (module, name)
             assert name.rsplit(".", 1)[-1] not in METHODS, (module, name)
             assert named(call).get("allow_pickle", "False") == "False"
@@ -70,7 +73,7 @@ def test_every_model_is_loaded_as_safetensors_and_without_code_of_its_own(seen: 
         for call in calls(module):
             name = ast.unparse(call.func)
             options = named(call)
-            if name.endswith(".from_pretrained"):
+            if name.endswith(".from_pretrained") and name != "peft.PeftConfig.from_pretrained":  # that reads JSON
                 loads += 1
                 assert options["trust_remote_code"] == "False", (module, call.lineno)
                 if "Tokenizer" not in name:
