@@ -7,7 +7,6 @@ renamed. Tensors are safetensors, the rest is JSON; no pickle.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ppo_core.digests import sha256
 from ppo_core.errors import IntegrityError, ResourceError
 
 MANIFEST = "manifest.json"
@@ -102,12 +102,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def load_plain(path: Path) -> Any:
     """The JSON value of one file of a verified checkpoint."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(folder: Path) -> Path:

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     `top_layers`), or the policy with a value head of zeros."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of forward and backward passes; `auto` is bfloat16 where the processor has instructions for it, else
-    float32. Trained weights keep float32 masters either way."""
+    float32. Trained weights keep float32 masters either way. (`precision.arithmetic` gives what to load a model in.)"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
 
@@ -87,7 +87,8 @@ class RewardConfig(Section):
     kl_coef: NotNegative = 0.05
     """Beta: the weight of the KL penalty towards the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL from one sample (Schulman, 'Approximating KL divergence', 2020)."""
+    """Estimator of the KL from one sample (Schulman, 'Approximating KL divergence', 2020). With `kl_in: loss` it gives
+    the value that is recorded (`kl_loss`); the gradient is that of the KL for each of them."""
     kl_target: Positive | None = None
     """Sequence KL (nats) that an adaptive coefficient steers to (Ziegler et al. 2019, section 2.2). Empty: fixed."""
     kl_horizon: Count = 10000
@@ -172,6 +173,16 @@ class UpdateConfig(Section):
     max_approx_kl: Positive | None = None
     """An update ends before the step of a minibatch whose policy is further than this from the one that sampled
     (mean over tokens of k3, nats). Empty: off."""
+
+    @model_validator(mode="after")
+    def _learns(self) -> UpdateConfig:
+        falling = (self.schedule, self.critic_schedule) != ("constant", "constant")
+        if falling and self.schedule_iterations <= self.warmup_iterations:
+            raise ValueError(
+                f"schedule_iterations {self.schedule_iterations} end within warmup_iterations "
+                f"{self.warmup_iterations}: the learning rate would be 0 from then on"
+            )
+        return self
 
 
 class HealthConfig(Section):

@@ -63,7 +63,7 @@ def without_dropout(model: Any) -> Any:
 
 def _no_rates(owner: Any) -> None:
     for key, value in vars(owner).items():
-        if key.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, float):
+        if key.endswith(("dropout", "pdrop", "layerdrop", "jitter_noise")) and isinstance(value, float):
             setattr(owner, key, 0.0)
 
 
@@ -140,7 +140,7 @@ def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
         raise ConfigError(
             f"{type(model).__name__} is not built from layers and a final norm, so it cannot be cut",
             "ppo.model and reward_model.top_layers",
-            "set ppo.model.trainable to lora or full, or choose a model built like Llama",
+            _WITHOUT_A_CUT,
         )
     layers = decoder.layers
     if not 0 < top_layers < len(layers):
@@ -155,7 +155,7 @@ def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
         raise ConfigError(
             "mixes kinds of attention across its layers, which a cut would confuse",
             type(model).__name__,
-            "set ppo.model.trainable to lora or full, or choose a model with one kind of attention",
+            _WITHOUT_A_CUT,
         )
     norm = norm_of(decoder)
     assert norm is not None
@@ -163,7 +163,21 @@ def split(model: Any, top_layers: int) -> tuple[Stack, Stack]:
     for name in _EMBEDDINGS:  # a top starts from hidden states; its state is its layers and norm
         if hasattr(top, name):
             setattr(top, name, None)
+    _check_cut(decoder, Stack(trunk), Stack(top))
     return Stack(trunk), Stack(top)
+
+
+@torch.no_grad()
+def _check_cut(decoder: Any, trunk: Stack, top: Stack) -> None:
+    """Refuse a decoder that does more to hidden states than its layers do: in the top it would do so twice."""
+    tokens = torch.arange(3, 19, device=decoder.device).unsqueeze(0) % decoder.config.get_text_config().vocab_size
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    whole = Stack(decoder)(tokens, everywhere).float()
+    cut = top(trunk(tokens, everywhere), everywhere).float()
+    if not torch.allclose(cut, whole, atol=0.02 * float(whole.abs().max()), rtol=0):
+        raise ConfigError(
+            "scales or places what its layers get, which a cut would do twice", type(decoder).__name__, _WITHOUT_A_CUT
+        )
 
 
 def join(trunk: Stack | None, top: Stack) -> nn.Module:
@@ -186,6 +200,10 @@ def share(module: Any) -> Any:
     return copy.deepcopy(module, kept)
 
 
+_WITHOUT_A_CUT = (
+    "set ppo.model.trainable to lora or full and bring a reward model of your own (ingest.reward), "
+    "or choose a model built like Llama"
+)
 _NORMS = ("norm", "final_layer_norm", "final_layernorm")
 _EMBEDDINGS = ("embed_tokens", "embed_in")
 

@@ -34,6 +34,7 @@ class SamplingLaw:
             raise ConfigError("cannot be seen in token ids", "ppo.sampling.stop_strings", "pass `decode`")
         self.config, self.stop_tokens, self.decode = config, tuple(stop_tokens), decode
         self.temperature = config.temperature
+        self._top_p = 1.0 if config.top_p is None else config.top_p
         # A token has at least one byte, so a string of n bytes that ends in the last token lies in the last n tokens.
         # One more, because some tokenizers drop the space before the first token that they decode.
         self._tail = max((len(text.encode()) + 1 for text in config.stop_strings), default=0)
@@ -63,7 +64,7 @@ class SamplingLaw:
     @property
     def truncates(self) -> bool:
         """Whether kept sets have to be recorded."""
-        return self.config.top_k is not None or self.config.top_p is not None
+        return self.config.top_k is not None or self._top_p < 1
 
     def at_step(self, logits: Tensor, t: int) -> Tensor:
         """Logits [B, V] of response position `t` with -inf for what cannot be sampled there."""
@@ -73,8 +74,8 @@ class SamplingLaw:
         if self.config.top_k is not None:
             kept = logits.topk(min(self.config.top_k, logits.shape[-1])).indices
             logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
-        if self.config.top_p is not None:
-            logits = logits.masked_fill(~_nucleus(logits / self.temperature, self.config.top_p), -math.inf)
+        if self._top_p < 1:
+            logits = logits.masked_fill(~_nucleus(logits / self.temperature, self._top_p), -math.inf)
         return logits
 
     def restricted(self, logits: Tensor, kept: Tensor | None) -> Tensor:

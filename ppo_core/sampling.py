@@ -19,7 +19,10 @@ LEAVING = 4
 
 
 class Sampler:
-    """The stacks that a token passes through: a trunk whose output is worth keeping, if there is one, and the rest."""
+    """The stacks that a token passes through: a trunk whose output is worth keeping, if there is one, and the rest.
+
+    Over a trunk, `top` must be a clone of its own: its layers are given new numbers.
+    """
 
     def __init__(self, trunk: Stack | None, top: Stack) -> None:
         self.trunk, self.top = trunk, top
@@ -27,7 +30,9 @@ class Sampler:
         if trunk is not None:
             # Each stack has a cache of its own, in which its layers count from 0.
             for i, layer in enumerate(decoder.layers):
-                (getattr(layer, "self_attn", None) or layer.attention).layer_idx = i
+                for module in layer.modules():
+                    if hasattr(module, "layer_idx"):
+                        module.layer_idx = i
 
     def start(self) -> Decoding:
         """A decoding of a new batch."""
@@ -57,7 +62,7 @@ class Decoding:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         for cache in self.caches:
-            cache.batch_select_indices(rows)
+            cache.reorder_cache(rows)  # which every kind of layer has; fewer rows are welcome
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ppo_core.advantages import gae
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import describe
 from ppo_core.health import Health, refuse_non_finite
-from ppo_core.kl import AdaptiveKL, FixedKL
+from ppo_core.kl import AdaptiveKL, FixedKL, KLController
 from ppo_core.law import SamplingLaw
 from ppo_core.masking import masked_whiten
 from ppo_core.models import ActorCritic
@@ -50,7 +50,9 @@ class Trainer:
         self.seed, self.law, self.pad = seed, law, pad
         self.optimiser = Optimiser(model, config, law, ptx=ptx, pad=pad)
         kl = config.reward
-        self.kl = FixedKL(kl.kl_coef) if kl.kl_target is None else AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon)
+        self.kl: KLController = (
+            FixedKL(kl.kl_coef) if kl.kl_target is None else AdaptiveKL(kl.kl_coef, kl.kl_target, kl.kl_horizon)
+        )
         self.moments = RunningMoments()
         self.health = Health(config.health)
         self.iteration = 0
@@ -63,11 +65,12 @@ class Trainer:
         rollout = self.score(samples)
         self.moments.update(rollout.scores)
         experience = self.estimate(rollout)
-        stats = describe(experience, self.kl.coef)
+        stats = describe(experience, 0.0 if self.config.reward.kl_in == "none" else self.kl.coef)
         self.health.check(stats, len(rollout), self._where())
         clock.append(time.perf_counter())
         stats |= self.optimiser.update(experience, seed=self.seed, iteration=self.iteration, kl_coef=self.kl.coef)
-        self.kl.update(stats["kl"], len(rollout))
+        if self.iteration >= self.config.update.critic_warmup:  # before, the policy had no way to move
+            self.kl.update(stats["kl"], len(rollout))
         self.iteration += 1
         clock.append(time.perf_counter())
         phases = zip(("sample_s", "score_s", "update_s"), clock, clock[1:], strict=False)
@@ -131,7 +134,7 @@ class Trainer:
         }
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. The optimiser goes on in these very tensors, so give it copies of what is to stay."""
         masters = self.optimiser.weights.masters
         self.optimiser.weights.load([tensors[f"master.{i}"] for i in range(len(masters))])
         slots: dict[int, dict[str, Tensor]] = {}

@@ -69,8 +69,8 @@ class Samples:
     text_lengths: Tensor
     """[B] int64: response tokens that are text, that is all but a final EOS or stop token."""
     activations: Tensor | None = None
-    """[B, T, D]: what the shared trunk said of the tokens while they were sampled; 0 where nothing counts, and for a
-    last token that is no text. None where there is no trunk."""
+    """[B, T, D]: what the shared trunk said of the tokens while they were sampled, anything where none stands. None
+    where there is no trunk."""
 
     def rows(self, index: Tensor | slice) -> Samples:
         """Some of the rows, without the columns that are padding in all of them."""

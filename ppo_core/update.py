@@ -70,7 +70,9 @@ class Optimiser:
         """
         update = self.config.update
         self._set_learning_rates(iteration)
-        size = len(experience.rollout) // update.minibatches
+        size, rest = divmod(len(experience.rollout), update.minibatches)
+        if rest:
+            raise ValueError(f"{len(experience.rollout)} responses do not divide into {update.minibatches} minibatches")
         figures: list[dict[str, float]] = []
         for epoch in range(update.epochs):
             order = torch.randperm(
@@ -81,7 +83,7 @@ class Optimiser:
                 where = f"cycle {cycle}, iteration {iteration + 1}, epoch {epoch + 1}, minibatch {k + 1}"
                 stats = self._gather(experience, index, kl_coef, where, iteration < update.critic_warmup)
                 if self.config.loss.ptx_coef and iteration >= update.critic_warmup:
-                    stats["ptx_loss"] = self._gather_ptx(generator(seed, "ptx", iteration, epoch, k))
+                    stats["ptx_loss"] = self._gather_ptx(generator(seed, "ptx", iteration, epoch, k), where)
                 figures.append(stats | self._clip(where, index))
                 if update.max_approx_kl is not None and stats["approx_kl"] > update.max_approx_kl:
                     self.adam.zero_grad(set_to_none=True)
@@ -139,14 +141,16 @@ class Optimiser:
             )
             entropy = mean_loss(now.entropy, mask, denominator)
             total = ppo_objective(policy.loss, value.loss, entropy, loss.value_coef, loss.entropy_coef)
+            terms: dict[str, float] = {}
             if reward.kl_in == "loss":
                 kl = kl_loss(now.logprobs, rollout.ref_logprobs, mask, reward.kl_estimator, denominator)
                 total = total + micro.kl_coef * kl
+                terms["kl_loss"] = float(kl.detach())
             if not total.isfinite():
                 raise TrainingHealthError(f"the loss is {float(total.detach())}", micro.where, _SLOWER)
             total.backward()
         share = float(mask.sum() / micro.tokens)
-        return {
+        return terms | {
             "policy_loss": float(policy.loss.detach()),
             "value_loss": float(value.loss.detach()),
             "clip_fraction": float(policy.clip_fraction) * share,
@@ -156,7 +160,7 @@ class Optimiser:
             "ratio_max": float(policy.ratio_max),
         }
 
-    def _gather_ptx(self, draw: torch.Generator) -> float:
+    def _gather_ptx(self, draw: torch.Generator, where: str) -> float:
         """Add the gradient of c_ptx times the negative log-likelihood of some human-written texts; returns the latter.
 
         The mean is over tokens (Ouyang et al. 2022, equation 2).
@@ -169,6 +173,9 @@ class Optimiser:
             part = texts.rows(rows)
             with self.model.training_pass():
                 nll = mean_loss(-self.model.language_model_logprobs(part), part.mask, tokens)
+                if not nll.isfinite():
+                    which = f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
+                    raise TrainingHealthError("the language-modelling loss is not finite", which, _SLOWER)
                 (self.config.loss.ptx_coef * nll).backward()
             loss += float(nll.detach())
             self._collect(critic_only=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ppo_core.checkpoint import sha256
+from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
 from tasks.own_function import source_file
 from tasks.params import Params, dump_params

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_core.checkpoint import sha256
 from ppo_core.decoder import clone, load_causal_lm, split, without_dropout
+from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
 from ppo_core.preferences import Pairs
 from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, score_texts
@@ -39,7 +39,7 @@ def load_base(workspace: Workspace, dtype: str) -> Any:
 def new_reward_model(base: Any, top_layers: int) -> RewardModel:
     """A reward model over `base`'s own trunk, not yet trained."""
     trunk, top = split(base, top_layers)
-    return RewardModel(trunk, clone(top), base.config.hidden_size, base.config.pad_token_id or 0)
+    return RewardModel(trunk, clone(top), base.get_output_embeddings().in_features, base.config.pad_token_id or 0)
 
 
 def load_reward_model(workspace: Workspace, base: Any) -> RewardModel:

@@ -19,8 +19,8 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import ppo_core
-from ppo_core.checkpoint import sha256
 from ppo_core.config import SamplingConfig
+from ppo_core.digests import sha256
 from tasks.errors import IntegrityError
 from tasks.workspace import Workspace
 

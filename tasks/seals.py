@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ppo_core.digests import sha256
 from tasks.errors import IntegrityError, Problem
 from tasks.workspace import Workspace
 
@@ -58,7 +59,5 @@ def _changes(folder: Path, workspace: Workspace) -> list[Problem]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    from ppo_core.checkpoint import sha256  # torch takes seconds to import, and a flow is looked at without it
-
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ppo_core.digests import sha256
 from tasks import archives
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.package_index import PackageIndex
@@ -62,8 +63,7 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
 def digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of its sorted `<sha256>  <name>` lines."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     files = sorted(entry for entry in path.rglob("*") if entry.is_file())
     lines = (f"{digest(entry)}  {entry.relative_to(path).as_posix()}\n" for entry in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

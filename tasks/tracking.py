@@ -23,7 +23,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from ppo_core.checkpoint import sha256
+from ppo_core.digests import sha256
 from tasks import registry
 from tasks.addresses import public_uri
 from tasks.errors import Locked, ServiceError, TrainingHealthError

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppo_core.checkpoint import MANIFEST, sha256
+from ppo_core.checkpoint import MANIFEST
+from ppo_core.digests import sha256
 from tasks import tracking
 from tasks.processes import HOST, PID, STARTED
 from tasks.tracking import connect
