@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
-    ready: Workspace, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    ready: Workspace, tmp_path: Path, mode: str, request: pytest.FixtureRequest
 ) -> None:
     workspace = Workspace(shutil.copytree(ready.root, tmp_path / "checkout"))
     params = changed(workspace, MODES[mode])
@@ -89,7 +90,8 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
         run_stage(stage, params, workspace)
 
     # served
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(workspace))
+    request.addfinalizer(partial(mlflow.set_tracking_uri, mlflow.get_tracking_uri()))
+    mlflow.set_tracking_uri(tracking_uri(workspace))
     expected = [greedy(policy, workspace, text) for text in TEXTS]
     for name, where in models(workspace).items():
         served = mlflow.pyfunc.load_model(f"models:/{where.model_id}")

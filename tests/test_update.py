@@ -58,7 +58,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(aggregation: str, kl_i
         t = toy_trainer(config, ptx=TEXTS)
         experience = t.estimate(ragged(t.roll_out()))
         figures = t.optimiser._gather(experience, torch.arange(8), 0.05, "")
-        figures["ptx_loss"] = t.optimiser._gather_ptx(torch.Generator().manual_seed(0))
+        figures["ptx_loss"] = t.optimiser._gather_ptx(torch.Generator().manual_seed(0), "")
         found.append((gradients(t), figures))
     whole, figures = found[0]
     for gradient, others in found[1:]:
@@ -223,7 +223,7 @@ def test_the_language_modelling_term_is_that_of_a_plain_forward():
     )
     t = toy_trainer(config, ptx=TEXTS)
     chosen = torch.randint(len(TEXTS), (6,), generator=torch.Generator().manual_seed(4)).tolist()
-    value = t.optimiser._gather_ptx(torch.Generator().manual_seed(4))
+    value = t.optimiser._gather_ptx(torch.Generator().manual_seed(4), "")
     plain = toy_model().requires_grad_(True)
     loss = plain_nll(plain, [TEXTS[i] for i in chosen])
     (2.5 * loss).backward()
