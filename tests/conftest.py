@@ -32,9 +32,14 @@ pytest_plugins = ["faults"]
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracking server that one test named never receives what the next one records."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _no_tracking_server() -> Iterator[None]:
+    """A tracking server that one test named never receives what the next one records.
+
+    mlflow.set_tracking_uri puts its server into the environment, which processes started by later tests would inherit.
+    """
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")
