@@ -42,9 +42,11 @@ def main() -> int:
     rounds = killed = lost = wrong = 0
     with tempfile.TemporaryDirectory() as folder, stages() as server:
         ready = before_ppo(Path(folder) / "ready", cycles=4)
+        place = copied(ready, Path(folder) / "undisturbed")
         began = time.monotonic()
-        expected = course(train(server, copied(ready, Path(folder) / "undisturbed")))
+        train(server, place)
         seconds = time.monotonic() - began
+        expected = course(place)
         while killed < args.kills:
             rounds += 1
             place = copied(ready, Path(folder) / f"round {rounds}")
@@ -60,13 +62,12 @@ def main() -> int:
     return 1 if lost or wrong else 0
 
 
-def train(server: Stages, place: Workspace) -> Workspace:
+def train(server: Stages, place: Workspace) -> None:
     """Let it end."""
     log = place.root / "log"
     status = server.run(["ppo", "--workspace", str(place.root)], log)
     if status:
         sys.exit(f"the training ended with {status}:\n{log.read_text()}")
-    return place
 
 
 def disturb(server: Stages, place: Workspace, draw: random.Random, strikes: int, seconds: float) -> tuple[int, int]:
