@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from ppo_core.config import HealthConfig
 from ppo_core.errors import TrainingHealthError
 from ppo_core.types import Rollout
@@ -61,5 +63,12 @@ def refuse_non_finite(rollout: Rollout, where: str) -> None:
     for plain, rows in sick.items():
         if rows.any():
             mend = "check the reward" if plain == "scores" else "lower ppo.update.learning_rate"
-            responses = ", ".join(str(row + 1) for row in rows.nonzero().squeeze(1).tolist()[:16])
-            raise TrainingHealthError(f"{plain} are not finite", f"{where}, responses {responses} of the rollout", mend)
+            place = f"{where}, {named_responses(rows.nonzero().squeeze(1))}"
+            raise TrainingHealthError(f"{plain} are not finite", place, mend)
+
+
+def named_responses(rows: Tensor) -> str:
+    """How messages name rows [n] of a rollout, counted from 1."""
+    numbers = sorted(rows.tolist())
+    shown = ", ".join(str(row + 1) for row in numbers[:16])
+    return f"responses {shown}{' and others' if len(numbers) > 16 else ''} of the rollout"

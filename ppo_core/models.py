@@ -21,23 +21,14 @@ from ppo_core.errors import ConfigError
 from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.sampling import Sampler
-from ppo_core.scorers import RewardModel, ScoreHead
+from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
 from ppo_core.seeds import derive
 from ppo_core.types import Sequences
 from ppo_core.weights import SCALING
 
 
-class ValueHead(nn.Module):
-    """Linear read-out [.., D] -> [..] in float32. Zero at first: no reward is predicted before any was seen."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear(hidden.float()).squeeze(-1)
+class ValueHead(ReadOut):
+    """Predicts what is to come. Zero at first: no reward is predicted before any was seen."""
 
     @torch.no_grad()
     def start_from(self, head: ScoreHead) -> None:

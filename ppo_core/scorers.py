@@ -35,8 +35,8 @@ class Scale(nn.Module):
         self.std.copy_(raw.std(correction=0).clamp(min=1e-6))
 
 
-class ScoreHead(Scale):
-    """A linear read-out [.., D] -> [..] in float32, zero at first, with its scale."""
+class ReadOut(nn.Module):
+    """A linear read-out [.., D] -> [..] in float32, zero at first."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,6 +46,10 @@ class ScoreHead(Scale):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden.float()).squeeze(-1)
+
+
+class ScoreHead(ReadOut, Scale):
+    """A read-out with its scale."""
 
 
 class Scorer(Protocol):

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import add_up, mean_of
 from ppo_core.errors import TrainingHealthError
+from ppo_core.health import named_responses
 from ppo_core.law import SamplingLaw
 from ppo_core.losses import denominators, kl_loss, mean_loss, policy_loss, ppo_objective, value_loss
 from ppo_core.models import ActorCritic
@@ -115,7 +116,7 @@ class Optimiser:
                 denominator[rows] if denominator.dim() else denominator,
                 mask.sum().clamp(min=1),
                 kl_coef,
-                f"{where}, {_responses(index[rows])}",
+                f"{where}, {named_responses(index[rows])}",
             )
             add_up(stats, self._backward(micro))
             self._collect(critic_only)
@@ -196,16 +197,10 @@ class Optimiser:
         total = torch.stack(norms).norm()
         if not total.isfinite():
             raise TrainingHealthError(
-                f"the gradient's norm is {float(total)}", f"{where}, {_responses(index)}", _SLOWER
+                f"the gradient's norm is {float(total)}", f"{where}, {named_responses(index)}", _SLOWER
             )
         clip_grads_with_norm_(self.weights.masters, self.config.update.max_grad_norm, total)
         return {"grad_norm": float(total), "policy_grad_norm": float(norms[0]), "critic_grad_norm": float(norms[1])}
 
 
 _SLOWER = "lower ppo.update.learning_rate"
-
-
-def _responses(index: Tensor) -> str:
-    rows = sorted(index.tolist())
-    shown = ", ".join(str(row + 1) for row in rows[:16])
-    return f"responses {shown}{' and others' if len(rows) > 16 else ''} of the rollout"
