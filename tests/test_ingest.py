@@ -17,7 +17,8 @@ from tasks.__main__ import main
 from tasks.canonical import opening
 from tasks.errors import DataError
 from tasks.ingest import run
-from tasks.params import PromptParams, check_params
+from tasks.data_params import PromptParams
+from tasks.params import check_params
 from tasks.sources import digest
 from tasks.splits import normal
 from tasks.workspace import Workspace

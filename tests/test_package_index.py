@@ -18,7 +18,7 @@ import pytest
 from tasks import archives
 from tasks.errors import DataError, ServiceError
 from tasks.package_index import pip_settings
-from tasks.params import DataSource
+from tasks.data_params import DataSource
 from tasks.sources import digest
 
 SETUP = "from pathlib import Path; Path({canary!r}).touch()"
