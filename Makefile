@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The commands of dvc.yaml call `python`: that of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help align ui test faults soak check lock
+.PHONY: help align ui test faults soak bench check lock
 
 help:
 	@echo "make align   run the pipeline: data, reward model, PPO, evaluation, registration"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make faults  break it in the known ways and print what happened: fault, expected, seen"
 	@echo "make soak    kill a tiny training 50 times at random and compare it with one left alone"
+	@echo "make bench   time an iteration against TRL's on the same work (TRL gets an environment of its own)"
 	@echo "make check   lint, formatting, types, import contract"
 	@echo "make lock    bring requirements.lock and requirements-dev.lock up to date with the .in files"
 
@@ -30,6 +31,10 @@ faults: $(VENV)/ready-dev
 
 soak: $(VENV)/ready-dev
 	@$(BIN)/python tests/soak.py $(SOAK)
+
+bench: $(VENV)/ready
+	@test -d models/base || $(BIN)/python -m tasks ingest
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check

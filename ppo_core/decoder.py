@@ -48,11 +48,14 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random weights in their place.
         raise IntegrityError(f"lacks the weights {', '.join(missing)}", str(folder), mend)
-    return without_dropout(model).requires_grad_(False).eval()
+    return prepared(model).requires_grad_(False).eval()
 
 
-def without_dropout(model: Any) -> Any:
-    """Switch dropout off for good: with it the first ratio would not be 1."""
+def prepared(model: Any) -> Any:
+    """Make a model fit for training by PPO: no dropout, with which the first ratio would not be 1; fast attention."""
+    from ppo_core.attention import use_float32_attention
+
+    use_float32_attention(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -2,7 +2,7 @@
 
 What was left is recorded while sampling and used again in every log-probability afterwards, of the policy and of the
 reference: the sampled token's probability is then the one that it was drawn with, and the KL of two equal models is 0.
-Shapes: B batch, R response position, V vocabulary, K tokens of the largest kept set.
+Shapes: B batch, R response position, N response tokens, V vocabulary, K tokens of the largest kept set.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ppo_core.config import SamplingConfig
 from ppo_core.errors import ConfigError
+from ppo_core.types import ResponseTokens
 
 
 class SamplingLaw:
@@ -78,20 +79,15 @@ class SamplingLaw:
             logits = logits.masked_fill(~_nucleus(logits / self.temperature, self._top_p), -math.inf)
         return logits
 
-    def restricted(self, logits: Tensor, kept: Tensor | None) -> Tensor:
-        """Logits [B, R, V] of whole responses, from position 0, with -inf where the sampler had it.
-
-        `kept` [B, R, K] are the recorded sets, filled up with -1; None where nothing was recorded.
-        """
-        if kept is not None:
+    def restricted(self, logits: Tensor, tokens: ResponseTokens) -> Tensor:
+        """Logits [N, V] that predict `tokens`, with -inf where the sampler had it."""
+        if tokens.kept is not None:
             # One place more than there are tokens, for the filling.
-            allowed = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
-            allowed.scatter_(-1, torch.where(kept < 0, logits.shape[-1], kept), True)
-            # A position behind the response has no set; what stands there must only stay finite.
-            allowed |= (kept[..., :1] < 0) & torch.ones_like(allowed)
+            allowed = torch.zeros(len(logits), logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
+            allowed.scatter_(-1, torch.where(tokens.kept < 0, logits.shape[-1], tokens.kept), True)
             return logits.masked_fill(~allowed[..., :-1], -math.inf)
         if self.config.min_new_tokens:
-            early = torch.arange(logits.shape[1], device=logits.device) < self.config.min_new_tokens
+            early = tokens.positions < self.config.min_new_tokens
             stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             stops[list(self.stop_tokens)] = True
             return logits.masked_fill(early.unsqueeze(-1) & stops, -math.inf)

@@ -1,6 +1,6 @@
 """Policy, reference and critic, and the weights that PPO trains.
 
-Shapes: B batch, T position, R response, D width, V vocabulary.
+Shapes: B batch, T position, R response, N response tokens that count, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig
-from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, same_weights, share, split, without_dropout
+from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, prepared, same_weights, share, split
 from ppo_core.errors import ConfigError
 from ppo_core.law import SamplingLaw
-from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
+from ppo_core.logprobs import logprobs_and_entropy
 from ppo_core.sampling import Sampler
 from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
 from ppo_core.seeds import derive
-from ppo_core.types import Sequences
+from ppo_core.types import ResponseTokens, Sequences
 from ppo_core.weights import SCALING
+
+CHUNK = 256
+"""Tokens whose logits are computed at once: many enough for fast products, few enough that any vocabulary fits."""
 
 
 class ValueHead(ReadOut):
@@ -38,8 +41,33 @@ class ValueHead(ReadOut):
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the networks make of the positions that predict and value the response tokens, row after row."""
+
+    policy: Tensor
+    """[N, D]"""
+    critic: Tensor
+    """[N, D]; the very same tensor where the critic is shared."""
+
+    def part(self, rows: slice) -> Features:
+        return Features(self.policy[rows], self.critic[rows])
+
+    def detached(self) -> Features:
+        """Leaves of a graph of their own, which collect the gradient of what is made from them."""
+        policy = self.policy.detach().requires_grad_()
+        shared = self.critic is self.policy
+        return Features(policy, policy if shared else self.critic.detach().requires_grad_())
+
+    def backward(self, leaves: Features) -> None:
+        """Go on where the backward passes of `leaves` ended."""
+        pairs = [(self.policy, leaves.policy)] + ([] if self.critic is self.policy else [(self.critic, leaves.critic)])
+        ends, grads = zip(*((end, leaf.grad) for end, leaf in pairs if leaf.grad is not None), strict=True)
+        torch.autograd.backward(ends, grads)
+
+
+@dataclass(frozen=True)
 class TokenEvaluation:
-    """What the networks say of each response token, all [B, R] float32."""
+    """What the networks say of each response token, all [B, R] float32; 0 where none counts."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -71,7 +99,7 @@ class ActorCritic(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.reference_model = model = without_dropout(without_adapter(model)).requires_grad_(False).eval()
+        self.reference_model = model = prepared(without_adapter(model)).requires_grad_(False).eval()
         self.reference_head = LMHead(model)
         self.policy_head = self.reference_head
         if config.trainable == "top_layers":
@@ -180,25 +208,25 @@ class ActorCritic(nn.Module):
         """What every top starts from: trunk output [B, T, D], or the token ids [B, T] where there is no trunk."""
         return sequences.tokens if self.trunk is None else self.trunk(sequences.tokens, sequences.attention)
 
+    def features(self, activations: Tensor, sequences: Sequences) -> Features:
+        """What predicts and what values the response tokens, in one pass if the critic is shared."""
+        policy = _before_tokens(self.policy, activations, sequences)
+        critic = policy if self.critic is None else _before_tokens(self.critic, activations, sequences)
+        return Features(policy, critic)
+
     def evaluate(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> TokenEvaluation:
         """Log-probabilities, entropies and values of the response tokens under policy and critic."""
-        hidden = _before_responses(self.policy, activations, sequences)
-        of_critic = hidden if self.critic is None else _before_responses(self.critic, activations, sequences)
-        logits = law.restricted(self.policy_head(hidden), sequences.kept)
-        logprobs, entropy = logprobs_and_entropy(logits, sequences.responses, law.temperature)
-        return TokenEvaluation(logprobs, entropy, self.value_head(of_critic))
-
-    def language_model_logprobs(self, sequences: Sequences) -> Tensor:
-        """The policy's log-probabilities [B, R] of text that people wrote: at temperature 1, nothing left out."""
-        hidden = _before_responses(self.policy, self.activations(sequences), sequences)
-        return token_logprobs(self.policy_head(hidden), sequences.responses)
+        features, mask = self.features(activations, sequences), sequences.mask
+        logprobs, entropy = law_of_tokens(self.policy_head, features.policy, sequences.counted, law)
+        values = self.value_head(features.critic)
+        return TokenEvaluation(*(in_place(found, mask) for found in (logprobs, entropy, values)))
 
     @torch.no_grad()
     def reference_logprobs(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> Tensor:
         """Log-probabilities [B, R] of the response tokens under the reference."""
-        hidden = _before_responses(self.reference, activations, sequences)
-        logits = law.restricted(self.reference_head(hidden), sequences.kept)
-        return token_logprobs(logits, sequences.responses, law.temperature)
+        hidden = _before_tokens(self.reference, activations, sequences)
+        logprobs, _ = law_of_tokens(self.reference_head, hidden, sequences.counted, law)
+        return in_place(logprobs, sequences.mask)
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:
@@ -221,11 +249,34 @@ class ActorCritic(nn.Module):
 _CRITIC_START = "ppo.model.critic_start"
 
 
-def _before_responses(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:
-    """Hidden states [B, R, D] of the positions before each response token: those that predict and value it."""
+def _before_tokens(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:
+    """Hidden states [N, D] of the positions before the response tokens that count."""
     hidden: Tensor = stack(activations, sequences.attention)
-    # Contiguous, because a linear layer on a slice becomes one small product a row: 28 times slower on CPU.
-    return hidden[:, sequences.prompt_length - 1 : -1].contiguous()
+    return hidden[:, sequences.prompt_length - 1 : -1][sequences.mask]
+
+
+def law_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [N] of each token from the hidden states [N, D] that predict it.
+
+    Without a gradient, the logits of a chunk at a time are all that is held.
+    """
+    parts = [
+        logprobs_and_entropy(law.restricted(head(hidden[rows]), part), part.ids, law.temperature)
+        for rows in chunks(len(tokens))
+        for part in [tokens.part(rows)]
+    ]
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def chunks(n: int) -> list[slice]:
+    """Slices of `CHUNK` tokens; one, of nothing, if there are none."""
+    return [slice(start, start + CHUNK) for start in range(0, max(n, 1), CHUNK)]
+
+
+def in_place(found: Tensor, mask: Tensor) -> Tensor:
+    """[N] numbers of the tokens that count as [B, R], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +30,16 @@ def arithmetic(name: str) -> torch.dtype:
 class MasterWeights:
     """Float32 copies of trained parameters, which collect gradients and are what the optimiser moves.
 
-    Where a parameter is float32 already it is its own master.
+    Each gradient is added to the master's, in float32, as soon as the backward pass has it, and freed: those of
+    micro-batches add up, and never lie in memory twice. Where a parameter is float32 already it is its own master.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.working = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.working]
-
-    def collect(self) -> None:
-        """Add the gradients of a micro-batch to the masters', in float32, and clear them."""
         for parameter, master in zip(self.working, self.masters, strict=True):
-            if parameter is master or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+            if parameter is not master:
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_collect, master))
 
     def publish(self) -> None:
         """Round the masters into the parameters that compute."""
@@ -63,3 +56,12 @@ class MasterWeights:
             for master, tensor in zip(self.masters, tensors, strict=True):
                 master.copy_(tensor)
         self.publish()
+
+
+def _collect(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None

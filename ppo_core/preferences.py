@@ -67,7 +67,6 @@ def fit(
                 f"the preference loss is {loss.item()} at step {step}", "reward_model", "lower the learning rate"
             )
         loss.backward()
-        weights.collect()
         torch.nn.utils.clip_grad_norm_(weights.masters, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

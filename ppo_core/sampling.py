@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.nn.functional import pad as fill
 
 from ppo_core.decoder import Stack, takes_positions
 from ppo_core.law import SamplingLaw, kept_set, stack_sets
-from ppo_core.logprobs import token_logprobs
+from ppo_core.llama import LlamaDecoding, LlamaLayers, obstacle_to_packing
 from ppo_core.types import Samples, Sequences, pad_prompts
+
+log = logging.getLogger(__name__)
 
 LEAVING = 4
 """Once one row in so many has ended, those that have leave the batch: each time costs a copy of the cache."""
@@ -34,9 +37,17 @@ class Sampler:
                     if hasattr(module, "layer_idx"):
                         module.layer_idx = i
 
-    def start(self) -> Decoding:
+        self.decoders: list[Any] = [stack.decoder for stack in (trunk, top) if stack is not None]
+        self.packed: LlamaLayers | None = None
+        if (obstacle := obstacle_to_packing(self.decoders)) is None:
+            log.info("sampling with packed layers: the model is built like Llama")
+            self.packed = LlamaLayers(self.decoders)
+        else:
+            log.info("sampling through transformers' own layers: %s", obstacle)
+
+    def start(self) -> Decoding | LlamaDecoding:
         """A decoding of a new batch."""
-        return Decoding([stack.decoder for stack in (self.trunk, self.top) if stack is not None])
+        return Decoding(self.decoders) if self.packed is None else self.packed.start()
 
 
 class Decoding:
@@ -90,9 +101,9 @@ def sample(
         *trunk, hidden = decoding.step(ids, torch.cat([attention, record.mask[:, :t]], dim=1)[rows], positions)
         record.take_activations(trunk, rows)
         logits = law.at_step(lm_head(hidden[:, -1]).float(), t)
-        drawn = inverse_cdf(logits / law.temperature, uniforms[rows, t])
+        drawn, logprobs = inverse_cdf(logits, law.temperature, uniforms[rows, t])
         alive = record.running[rows]
-        record.take(t, rows, drawn, logits)
+        record.take(t, rows, drawn, logprobs, logits)
         positions = positions[:, -1:] + 1
         # The last token of a row that has just ended passes through the trunk once more; then the row may leave.
         if alive.any() and (~alive).sum() * LEAVING >= len(rows):
@@ -122,13 +133,13 @@ class _Record:
         self.kept: list[Tensor] = []
         self.activations: list[Tensor] = []
 
-    def take(self, t: int, rows: Tensor, drawn: Tensor, logits: Tensor) -> None:
+    def take(self, t: int, rows: Tensor, drawn: Tensor, logprobs: Tensor, logits: Tensor) -> None:
         """The tokens [b] drawn at position `t` for `rows` [b], from restricted logits [b, V]."""
         alive = self.running[rows]
         live = rows[alive]
         self.mask[:, t] = self.running
         self.responses[live, t] = drawn[alive]
-        self.logprobs[live, t] = token_logprobs(logits, drawn, self.law.temperature)[alive]
+        self.logprobs[live, t] = logprobs[alive]
         if self.law.truncates:
             sets = kept_set(logits)
             self.kept.append(torch.full((len(self.running), sets.shape[1]), -1).index_put((live,), sets[alive]))
@@ -161,10 +172,15 @@ class _Record:
         return Samples(sequences, self.logprobs, ended=~self.running, text_lengths=text, activations=activations)
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [B] drawn from softmax(logits [B, V]): the first whose cumulative probability exceeds the uniform [B]."""
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+def inverse_cdf(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B] drawn from softmax(logits [B, V] / temperature), and their log-probabilities.
+
+    The token is the first whose cumulative probability exceeds the uniform [B].
+    """
+    probabilities = (logits if temperature == 1 else logits / temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # The last sum is 1 only up to rounding. What is below it is exceeded, and first by a token that has probability.
     threshold = (uniforms.unsqueeze(1) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
+    return drawn.squeeze(1), probabilities.gather(1, drawn).log().squeeze(1)

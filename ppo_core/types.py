@@ -1,4 +1,7 @@
-"""Records that pass between the parts. Shapes: B batch, P prompt, R response, T = P + R, D width, K kept tokens."""
+"""Records that pass between the parts.
+
+Shapes: B batch, P prompt, R response, T = P + R, N response tokens that count, D width, K kept tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,24 @@ from torch import Tensor
 from torch.nn.functional import pad as fill
 
 from ppo_core.masking import check_mask
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """Tokens of responses, of however many rows, one after the other: N of them."""
+
+    ids: Tensor
+    """[N] int64."""
+    positions: Tensor
+    """[N] int64: place in the response."""
+    kept: Tensor | None
+    """[N, K] as in `Sequences`."""
+
+    def part(self, rows: slice) -> ResponseTokens:
+        return ResponseTokens(self.ids[rows], self.positions[rows], None if self.kept is None else self.kept[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,13 @@ class Sequences:
     def mask(self) -> Tensor:
         """[B, R] bool, True where a response token counts, EOS included."""
         return self.attention[:, self.prompt_length :]
+
+    @property
+    def counted(self) -> ResponseTokens:
+        """The response tokens that count, row after row."""
+        mask = self.mask
+        places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return ResponseTokens(self.responses[mask], places[mask], None if self.kept is None else self.kept[mask])
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,26 +14,42 @@ from ppo_core.diagnostics import add_up, mean_of
 from ppo_core.errors import TrainingHealthError
 from ppo_core.health import named_responses
 from ppo_core.law import SamplingLaw
+from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.losses import denominators, kl_loss, mean_loss, policy_loss, ppo_objective, value_loss
-from ppo_core.models import ActorCritic
+from ppo_core.models import ActorCritic, Features, chunks
 from ppo_core.precision import MasterWeights
 from ppo_core.schedules import learning_rate_factor
 from ppo_core.scorers import pad_right
 from ppo_core.seeds import generator
-from ppo_core.types import Experience, Sequences
+from ppo_core.types import Experience, ResponseTokens, Sequences
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
-    """The responses of one backward pass, and what they need to know of their minibatch."""
+class _Tokens:
+    """The response tokens of a backward pass and what the rollout knows of each, [N]."""
 
-    experience: Experience
+    tokens: ResponseTokens
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
     denominator: Tensor
-    """Of the losses: a scalar, or [B, 1]."""
-    tokens: Tensor
-    """How many count in the whole minibatch."""
-    kl_coef: float
-    where: str
+    """Of the losses, so that what micro-batches add makes the minibatch's mean."""
+
+    @classmethod
+    def of(cls, experience: Experience, denominator: Tensor) -> _Tokens:
+        """`denominator` is a scalar, or [B, 1]."""
+        old, mask = experience.rollout, experience.rollout.mask
+        known = (old.logprobs, old.ref_logprobs, old.values, experience.advantages, experience.returns)
+        return cls(old.sequences.counted, *(x[mask] for x in (*known, denominator.expand_as(mask))))
+
+    def part(self, rows: slice) -> _Tokens:
+        numbers = (getattr(self, f.name)[rows] for f in fields(self)[1:])
+        return _Tokens(self.tokens.part(rows), *numbers)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Optimiser:
@@ -107,59 +123,54 @@ class Optimiser:
     ) -> dict[str, float]:
         """The gradient of the rows `index` in the masters, independent of how micro-batches split it; their figures."""
         attention, mask = experience.rollout.sequences.attention[index], experience.rollout.mask[index]
-        denominator = denominators(mask, self.config.loss.aggregation)
+        denominator, tokens = denominators(mask, self.config.loss.aggregation), int(mask.sum().clamp(min=1))
         stats: dict[str, float] = {}
         # Responses of like length share a micro-batch, so that little is padded.
         for rows in attention.sum(dim=1).argsort(stable=True).split(self.config.update.micro_batch):
-            micro = _MicroBatch(
-                experience.rows(index[rows]),
-                denominator[rows] if denominator.dim() else denominator,
-                mask.sum().clamp(min=1),
-                kl_coef,
-                f"{where}, {named_responses(index[rows])}",
-            )
-            add_up(stats, self._backward(micro))
-            self._collect(critic_only)
+            part = experience.rows(index[rows])
+            known = _Tokens.of(part, denominator[rows] if denominator.dim() else denominator)
+            old, named = part.rollout, f"{where}, {named_responses(index[rows])}"
+            with self.model.training_pass():
+                features = self.model.features(old.activations, old.sequences)
+                # The output layer's part of the backward pass, a chunk at a time: the logits of all are never held.
+                leaves = features.detached()
+                for chunk in chunks(len(known)):
+                    loss, figures = self._loss(leaves.part(chunk), known.part(chunk), kl_coef, tokens)
+                    _refuse_non_finite("loss", loss, named)
+                    loss.backward()
+                    add_up(stats, figures)
+                features.backward(leaves)
+        if critic_only:  # while the critic warms up, its loss must not move what it shares with the policy
+            for master in self._of_policy:
+                master.grad = None
         return stats
 
-    def _backward(self, micro: _MicroBatch) -> dict[str, float]:
-        """A micro-batch's part of the gradient, and of the minibatch's figures."""
-        rollout, loss, reward = micro.experience.rollout, self.config.loss, self.config.reward
-        mask, denominator = rollout.mask, micro.denominator
-        with self.model.training_pass():
-            now = self.model.evaluate(rollout.activations, rollout.sequences, self.law)
-            policy = policy_loss(
-                now.logprobs,
-                rollout.logprobs,
-                micro.experience.advantages,
-                mask,
-                loss.clip_range,
-                loss.dual_clip,
-                denominator,
-            )
-            value = value_loss(
-                now.values, rollout.values, micro.experience.returns, mask, loss.value_clip_range, denominator
-            )
-            entropy = mean_loss(now.entropy, mask, denominator)
-            total = ppo_objective(policy.loss, value.loss, entropy, loss.value_coef, loss.entropy_coef)
-            terms: dict[str, float] = {}
-            if reward.kl_in == "loss":
-                kl = kl_loss(now.logprobs, rollout.ref_logprobs, mask, reward.kl_estimator, denominator)
-                total = total + micro.kl_coef * kl
-                terms["kl_loss"] = float(kl.detach())
-            if not total.isfinite():
-                raise TrainingHealthError(f"the loss is {float(total.detach())}", micro.where, _SLOWER)
-            total.backward()
-        share = float(mask.sum() / micro.tokens)
-        return terms | {
-            "policy_loss": float(policy.loss.detach()),
-            "value_loss": float(value.loss.detach()),
-            "clip_fraction": float(policy.clip_fraction) * share,
-            "value_clip_fraction": float(value.clip_fraction) * share,
-            "approx_kl": float(policy.approx_kl) * share,
-            "ratio": float(policy.ratio) * share,
-            "ratio_max": float(policy.ratio_max),
+    def _loss(self, features: Features, old: _Tokens, kl_coef: float, tokens: int) -> tuple[Tensor, dict[str, float]]:
+        """What some tokens add to the loss of their minibatch, which has `tokens` of them, and to its figures."""
+        loss, reward, everywhere = self.config.loss, self.config.reward, torch.ones_like(old.values, dtype=torch.bool)
+        logits = self.law.restricted(self.model.policy_head(features.policy), old.tokens)
+        logprobs, entropies = logprobs_and_entropy(logits, old.tokens.ids, self.law.temperature)
+        values = self.model.value_head(features.critic)
+        policy = policy_loss(
+            logprobs, old.logprobs, old.advantages, everywhere, loss.clip_range, loss.dual_clip, old.denominator
+        )
+        value = value_loss(values, old.values, old.returns, everywhere, loss.value_clip_range, old.denominator)
+        entropy = mean_loss(entropies, everywhere, old.denominator)
+        total = ppo_objective(policy.loss, value.loss, entropy, loss.value_coef, loss.entropy_coef)
+        share = len(old) / tokens
+        figures = {
+            "policy_loss": policy.loss,
+            "value_loss": value.loss,
+            "clip_fraction": policy.clip_fraction * share,
+            "value_clip_fraction": value.clip_fraction * share,
+            "approx_kl": policy.approx_kl * share,
+            "ratio": policy.ratio * share,
+            "ratio_max": policy.ratio_max,
         }
+        if reward.kl_in == "loss":
+            figures["kl_loss"] = kl_loss(logprobs, old.ref_logprobs, everywhere, reward.kl_estimator, old.denominator)
+            total = total + kl_coef * figures["kl_loss"]
+        return total, {name: float(figure.detach()) for name, figure in figures.items()}
 
     def _gather_ptx(self, draw: torch.Generator, where: str) -> float:
         """Add the gradient of c_ptx times the negative log-likelihood of some human-written texts; returns the latter.
@@ -172,21 +183,18 @@ class Optimiser:
         tokens, loss = texts.mask.sum(), 0.0
         for rows in torch.arange(len(texts)).split(self.config.update.micro_batch):
             part = texts.rows(rows)
+            written, which = part.counted, f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
             with self.model.training_pass():
-                nll = mean_loss(-self.model.language_model_logprobs(part), part.mask, tokens)
-                if not nll.isfinite():
-                    which = f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
-                    raise TrainingHealthError("the language-modelling loss is not finite", which, _SLOWER)
-                (self.config.loss.ptx_coef * nll).backward()
-            loss += float(nll.detach())
-            self._collect(critic_only=False)
+                features = self.model.features(self.model.activations(part), part)
+                leaves = features.detached()
+                for chunk in chunks(len(written)):
+                    logits = self.model.policy_head(leaves.policy[chunk])  # temperature 1, nothing left out
+                    nll = -token_logprobs(logits, written.ids[chunk]).sum() / tokens
+                    _refuse_non_finite("language-modelling loss", nll, which)
+                    (self.config.loss.ptx_coef * nll).backward()
+                    loss += float(nll.detach())
+                features.backward(leaves)
         return loss
-
-    def _collect(self, critic_only: bool) -> None:
-        if critic_only:  # while the critic warms up, its loss must not move what it shares with the policy
-            for parameter in self.weights.working[: len(self._of_policy)]:
-                parameter.grad = None
-        self.weights.collect()
 
     def _clip(self, where: str, index: Tensor) -> dict[str, float]:
         """Scale the gradient down to the largest norm allowed; raise TrainingHealthError if it has none."""
@@ -201,6 +209,11 @@ class Optimiser:
             )
         clip_grads_with_norm_(self.weights.masters, self.config.update.max_grad_norm, total)
         return {"grad_norm": float(total), "policy_grad_norm": float(norms[0]), "critic_grad_norm": float(norms[1])}
+
+
+def _refuse_non_finite(name: str, loss: Tensor, where: str) -> None:
+    if not loss.isfinite():
+        raise TrainingHealthError(f"the {name} is {float(loss.detach())}", where, _SLOWER)
 
 
 _SLOWER = "lower ppo.update.learning_rate"

@@ -13,10 +13,10 @@ from typing import Any
 
 from ppo_core.seeds import derive
 from ppo_core.tokens import encode_prompt, encode_response
+from tasks.data_params import IngestParams, PromptParams, SplitParams
 from tasks.errors import DataError
 from tasks.formats import Preference, RatedText
 from tasks.pairing import rated_groups
-from tasks.data_params import IngestParams, PromptParams, SplitParams
 from tasks.splits import components, distinct, normal, share_out, take_exactly
 
 Feedback = Preference | RatedText

@@ -17,9 +17,9 @@ import pandas as pd
 
 from tasks.base_models import write_judge, write_policy, write_reward
 from tasks.canonical import Feedback, Lengths, build, without_duplicates
+from tasks.data_params import DataSource, IngestParams, SourceParams
 from tasks.errors import DataError
 from tasks.formats import RatedText, read_feedback, read_rated_tables
-from tasks.data_params import DataSource, IngestParams, SourceParams
 from tasks.params import Params
 from tasks.rows import BadRows
 from tasks.seals import seal

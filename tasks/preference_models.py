@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_core.decoder import clone, load_causal_lm, split, without_dropout
+from ppo_core.decoder import clone, load_causal_lm, prepared, split
 from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
 from ppo_core.preferences import Pairs
@@ -67,14 +67,14 @@ def new_ready_reward(workspace: Workspace, dtype: str) -> tuple[ReadyScorer, Any
         local_files_only=True,
         trust_remote_code=False,
     )
-    return ReadyScorer(without_dropout(classifier).requires_grad_(False).eval()), tokenizer
+    return ReadyScorer(prepared(classifier).requires_grad_(False).eval()), tokenizer
 
 
 def new_judge(folder: Path) -> EncoderScorer:
     encoder = AutoModel.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
-    encoder = without_dropout(encoder).requires_grad_(False)
+    encoder = prepared(encoder).requires_grad_(False)
     return EncoderScorer(encoder, encoder.config.pad_token_id or 0)
 
 

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 
 from ppo_core.digests import sha256
 from tasks import archives
+from tasks.data_params import DataSource, SourceParams
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.package_index import PackageIndex
-from tasks.data_params import DataSource, SourceParams
 from tasks.workspace import Workspace
 
 # Of a model on the hub: weights that cannot run code when they are read, and tokenizer and settings as text.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from ppo_core.decoder import Stack, without_dropout
+from ppo_core.decoder import Stack, prepared
 from ppo_core.sampling import Sampler
 
 VOCABULARY = 128
@@ -48,7 +48,7 @@ FAMILIES = list(_CONFIGS)
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A random causal language model of `family` in float32, as `load_causal_lm` returns one."""
-    return without_dropout(raw_model(family, seed, **changes)).requires_grad_(False).eval()
+    return prepared(raw_model(family, seed, **changes)).requires_grad_(False).eval()
 
 
 def raw_model(family: str, seed: int = 0, **changes: Any) -> Any:

@@ -27,6 +27,7 @@ SICK = {
 }
 
 
+@pytest.mark.fault("15: a score that is no number, in training", expected="exit 7 before the step; where, and whose")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_no_number_ends_training_and_names_its_responses(value: float):
     def reward(samples: Samples, activations: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,7 @@ def test_a_score_that_is_no_number_ends_training_and_names_its_responses(value: 
     assert equal(weights_of(t), before)
 
 
+@pytest.mark.fault("15: a weight that is no number, in training", expected="exit 7 before the step; where, and whose")
 @pytest.mark.parametrize(("spoil", "what"), [
     (lambda t: t.model.value_head.linear.weight, "values are not finite"),
     (lambda t: t.model.policy_head.linear.weight, "log-probabilities are not finite"),
@@ -96,6 +98,7 @@ def minibatch_of(t: Trainer, epoch: int, k: int) -> list[int]:
     return sorted(row + 1 for row in seen[epoch * t.config.update.minibatches + k])
 
 
+@pytest.mark.fault("15: a gradient that is no number, in training", expected="exit 7 before the step; where, and whose")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_no_number_ends_training_before_the_step(value: float):
     config = toy_config(update={"micro_batch": 8})
@@ -123,6 +126,7 @@ def test_a_gradient_that_is_no_number_ends_training_before_the_step(value: float
     assert t.iteration == 0
 
 
+@pytest.mark.fault("15: a loss that is no number, in training", expected="exit 7 before the step; where, and whose")
 def test_a_loss_that_is_no_number_ends_training_before_the_step():
     t = toy_trainer(toy_config(update={"micro_batch": 1}))
     experience = t.estimate(t.roll_out())
@@ -137,7 +141,18 @@ def test_a_loss_that_is_no_number_ends_training_before_the_step():
     assert len(steps) < 2
 
 
-@pytest.mark.parametrize("name", SICK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.fault(
+                f"{17 if name == 'empty responses' else 16}: {name}", expected="warned, then exit 7 with what to change"
+            ),
+        )
+        for name in SICK
+    ],
+)
 def test_each_sign_warns_then_ends_training_and_names_what_to_change(name: str, caplog: pytest.LogCaptureFixture):
     signs, mend = SICK[name]
     health = Health(HealthConfig(patience=3))

@@ -164,14 +164,18 @@ def test_ties_and_sets_larger_than_the_vocabulary():
 )
 @settings(max_examples=100, deadline=None)
 def test_a_token_without_probability_is_never_drawn(logits: list[float], uniform: float):
-    (token,) = inverse_cdf(torch.tensor([logits]), torch.tensor([uniform])).tolist()
-    assert torch.tensor(logits).softmax(0)[token] > 0
+    token, logprob = (float(x) for x in inverse_cdf(torch.tensor([logits]), 2.0, torch.tensor([uniform])))
+    law = (torch.tensor(logits, dtype=torch.float64) / 2).softmax(0)
+    assert law[int(token)] > 0
+    assert logprob == pytest.approx(law[int(token)].log().item(), abs=1e-4)
 
 
 def test_the_inverse_of_the_distribution_function():
     logits = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.25, 0.0]).log()
     uniforms = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-24])
-    assert inverse_cdf(logits.expand(6, 6), uniforms).tolist() == [1, 1, 2, 2, 4, 4]
+    tokens, logprobs = inverse_cdf(logits.expand(6, 6), 1.0, uniforms)
+    assert tokens.tolist() == [1, 1, 2, 2, 4, 4]
+    torch.testing.assert_close(logprobs, logits[tokens])
 
 
 def test_a_law_of_a_tokenizer(policy_folder):

@@ -66,7 +66,7 @@ def test_gradients_of_a_row_alone_are_those_in_a_padded_batch(family: str, train
         assert single.attention.all()
         alone = gradients(model, single, weights[row : row + 1, : single.responses.shape[1]])
         for a, b in zip(alone, together, strict=True):
-            torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(b, a, atol=5e-5, rtol=1e-4)
         total = [t + g for t, g in zip(total, alone, strict=True)]
     assert all(g.abs().max() > 0 for g in total), "a parameter without a gradient proves nothing"
     for a, b in zip(total, gradients(model, batch, weights), strict=True):

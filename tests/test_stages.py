@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from tasks.errors import DataError, ProximalError, ResourceError
 from tasks.stages import machine_errors
@@ -28,6 +29,14 @@ def test_what_is_lacking_is_told_for_people(
     with pytest.raises(told, match=words) as caught, machine_errors("ppo", Workspace(tmp_path)):
         raise error
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.fault("19: memory is not enough", expected="exit 8, what to lower")
+def test_memory_that_is_not_there(tmp_path: Path) -> None:
+    told = pytest.raises(ResourceError, match=r"ppo — memory is not enough.*— lower ppo\.update\.micro_batch")
+    with told as caught, machine_errors("ppo", Workspace(tmp_path)):
+        torch.empty(1 << 50)
+    assert caught.value.exit_code == 8
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.EIO, "I/O error"), KeyError("x")])

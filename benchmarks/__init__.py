@@ -1,0 +1,1 @@
+"""What an iteration costs here and elsewhere: `make bench`, docs/benchmarks.md."""
