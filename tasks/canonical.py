@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -73,14 +74,13 @@ def texts_of(item: Item) -> tuple[str, ...]:
 def build(items: Sequence[Item], params: IngestParams, seed: int, lengths: Lengths) -> tuple[list[Row], list[Row]]:
     """Rows of the two tables. Raises DataError where there are too few for a split."""
     splits = params.splits
-    # Prompts without feedback are no part of what is shared out; those that come with feedback go where it goes.
-    bare: list[list[Item]] = []
-    groups: list[list[Item]] = []
-    for group in components(items, texts_of):
-        (bare if all(isinstance(item, BarePrompt) for item in group) else groups).append(group)
-    given = share_out(groups, _shares(splits), random.Random(derive(seed, "splits")))
+    groups = components(items, texts_of)
+    # What tells of no preference is no part of what is shared out; a bare prompt goes where feedback on it goes.
+    compared = [group for group in groups if _gives_pairs(group)]
+    given = share_out(compared, _shares(splits), random.Random(derive(seed, "splits")))
+    rest = [group for group in groups if not _gives_pairs(group)]
     openings = random.Random(derive(seed, "openings"))
-    prompts = list(_prompts([*given.pop("prompts"), *bare], params.prompts, openings))
+    prompts = list(_prompts([*given.pop("prompts"), *rest], params.prompts, openings))
     short = [prompt for prompt in prompts if lengths.prompt(prompt.prompt, prompt.format) <= params.max_prompt_tokens]
     prompt_rows = [_prompt_row(prompt, split, lengths) for split, prompt in _split_prompts(short, splits, seed)]
     pair_rows: list[Row] = []
@@ -103,6 +103,13 @@ def opening(text: str, params: PromptParams, draw: random.Random) -> str | None:
     if most < params.min_words:
         return None
     return text[: words[draw.randint(params.min_words, most) - 1].end()]
+
+
+def _gives_pairs(group: Sequence[Item]) -> bool:
+    """Whether there is something to compare: a pair, a text that stands for itself, two replies to one prompt."""
+    replies = Counter((item.source, item.prompt) for item in group if isinstance(item, RatedText) and item.prompt)
+    stated = any(isinstance(item, Preference) or (isinstance(item, RatedText) and not item.prompt) for item in group)
+    return stated or max(replies.values(), default=0) > 1
 
 
 def _shares(splits: SplitParams) -> dict[str, float]:
