@@ -17,8 +17,8 @@ _TEXT, _REAL, _WHOLE = ("string", "large_string"), ("double",), ("int64", "int32
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "pairs": {
         "pair_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "margin": _REAL,
-        "target": _REAL, "chosen_tokens": _WHOLE, "rejected_tokens": _WHOLE, "source": _TEXT, "group": _TEXT,
-        "split": _TEXT,
+        "target": _REAL, "chosen_tokens": _WHOLE, "rejected_tokens": _WHOLE, "source": _TEXT, "reward": _TEXT,
+        "group": _TEXT, "split": _TEXT,
     },
     "prompts": {
         "prompt_id": _TEXT, "format": _TEXT, "prompt": _TEXT, "tokens": _WHOLE, "source": _TEXT, "group": _TEXT,

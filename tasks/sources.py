@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 
 from ppo_core.digests import sha256
 from tasks import archives
+from tasks.data_params import DataSource, SourceParams
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.package_index import PackageIndex
-from tasks.data_params import DataSource, SourceParams
 from tasks.workspace import Workspace
 
 # Of a model on the hub: weights that cannot run code when they are read, and tokenizer and settings as text.
@@ -58,6 +58,22 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
     if kind == "hub":
         return _from_hub(source, rest, inside, workspace, scratch)
     return _from_own(source, rest, inside, workspace)
+
+
+def files_of(source: DataSource, workspace: Workspace, scratch: Path) -> tuple[Fetched, list[Fetched]]:
+    """What `source` names as a whole, and its files, which are several where its `file` ends in a pattern like `*.csv`.
+
+    Raises what `fetch` does, and DataError where no file is like that.
+    """
+    folder, _, pattern = source.file.rpartition("/")
+    if "*" not in pattern:
+        fetched = fetch(source, workspace, scratch)
+        return fetched, [fetched]
+    fetched = fetch(source, workspace, scratch, file=folder)
+    files = sorted(path for path in fetched.path.glob(pattern) if path.is_file())
+    if not files:
+        raise DataError(f"holds no {pattern}", fetched.label, "check `file` in params.yaml")
+    return fetched, [replace(fetched, path=path, label=f"{fetched.label}/{path.name}".lstrip("/")) for path in files]
 
 
 def digest(path: Path) -> str:
@@ -105,7 +121,7 @@ def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace
         return _from_hub_by_split(source, rest, workspace, scratch)
     is_data = isinstance(source, DataSource)
     whole = is_data or inside.endswith(".gguf")
-    patterns = [inside] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
+    patterns = [source.file] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
     root = _snapshot(name, "dataset" if is_data else "model", revision, patterns)
     if not (root / inside).exists():
         raise DataError(f"holds no {inside}", rest, "check `file` in params.yaml")

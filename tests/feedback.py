@@ -32,6 +32,7 @@ def good_pairs() -> pd.DataFrame:
             "chosen_tokens": 8 + i % 2,
             "rejected_tokens": 9 - i % 2,
             "source": "first" if i % 2 else "second",
+            "reward": "",
             "group": f"group{i}",
             "split": PAIR_SPLITS[i // PER_SPLIT],
         }
