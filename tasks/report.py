@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
 from tasks import origin, pages, plots
+from tasks.axes import Axes
 from tasks.params import Params
 from tasks.responses import Responses
 from tasks.workspace import Workspace
@@ -86,6 +87,9 @@ class Evaluation:
     """reports/samples.parquet"""
     policy: Responses
     reference: Responses
+    axes: Axes = Axes()
+    inspections: Sequence[Markup] = ()
+    """Blocks of the section *Token by token*, ready for the page; the Markdown points to them."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tasks.probes import hacked, helpful, kept
 from tasks.probes.base import Probe
 
-PROBES: Mapping[str, Probe] = {}
+PROBES: Mapping[str, Probe] = {
+    "helpful": helpful.measure,
+    "kept": kept.measure,
+    "hacked": hacked.measure,
+}
+"""By axis, in the order of the report."""
