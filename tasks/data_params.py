@@ -123,9 +123,9 @@ class ProbeParams(Section):
     """Texts by people, for perplexity."""
     prompts: dict[PromptSet, ProbeSources] = Field(default={})
     """More sets of prompts that want a helpful answer, by names of your own."""
-    label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of the prompts of the two label sets, the share that the probes keep. Below 1 the others may be trained on, so
-    that one set of labels can serve both."""
+    harm_label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the prompts of `harm_labels`, the share that the probe keeps, with all replies to them. Below 1 the others may
+    be trained on, so that one set of labels can serve both."""
     max_text_tokens: Count = 2048
     """An answer, statement or text that is longer (with its prompt) is an error. Prompts that models reply to may have
     `ingest.max_prompt_tokens`."""
