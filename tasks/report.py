@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
-from tasks import origin, pages, plots, report_axes, report_samples
+from tasks import axes_plots, origin, pages, plots, report_axes, report_samples
 from tasks.axes import Axes
 from tasks.params import Params
 from tasks.probes.base import CHAMPION, REFERENCE
@@ -167,9 +167,9 @@ def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, obj
 
 def _pictures(evaluation: Evaluation, params: Params) -> dict[str, Figure]:
     cycles, budget = evaluation.cycles, params.ppo.kl_budget
-    return ({"axes": plots.axes_figure(evaluation.axes.results)} if evaluation.axes.results else {}) | {
+    return ({"axes": axes_plots.axes_figure(evaluation.axes.results)} if evaluation.axes.results else {}) | {
         "curves": plots.cycles_figure(cycles, budget, evaluation.ppo["result_cycle"]),
-        "overoptimisation": plots.overoptimisation_figure(cycles, budget),
+        "overoptimisation": axes_plots.overoptimisation_figure(cycles, budget),
         "language": plots.language_figure(cycles),
         "scores": plots.scores_figure(evaluation.policy, evaluation.reference),
     }

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from answers import Asked, better_answers, cycles, reference_answers, trained_workspace
 
-from tasks import axes, plots, report, report_samples
+from tasks import axes, axes_plots, plots, report, report_samples
 from tasks.axes import Axes
 from tasks.evaluate import measure, samples
 from tasks.statistics import by_margin, expected_calibration_error
@@ -167,7 +167,7 @@ def test_an_empty_answer_is_said_to_be_empty_and_a_long_one_is_cut():
 def test_a_column_that_was_not_recorded_leaves_out_its_curve(missing):
     table = cycles().drop(columns=missing)
     plots.cycles_figure(table, 15.0, 2)
-    plots.overoptimisation_figure(table, 15.0)
+    axes_plots.overoptimisation_figure(table, 15.0)
     (language,) = plots.language_figure(table).axes
     left_out = {"repetition": "repeated words", "distinct_2_reference": "distinct-2"}.get(missing)
     assert left_out not in [line.get_label() for line in language.lines]
@@ -191,7 +191,7 @@ def test_curves_show_the_numbers_of_the_table():
 
 def test_gain_is_drawn_against_the_kl_in_order_of_kl():
     table = pd.DataFrame({"cycle": [1, 2], "kl": [4.0, 3.0], "reward_gain": [1.0, 0.8], "judge_gain": [0.5, 0.6]})
-    (axes,) = plots.overoptimisation_figure(table, 15.0).axes
+    (axes,) = axes_plots.overoptimisation_figure(table, 15.0).axes
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 3, 4])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0, 0.8, 1])
 
