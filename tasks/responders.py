@@ -65,7 +65,7 @@ class Responders:
 
     @property
     def prompt_sets(self) -> tuple[str, ...]:
-        return (TEST,)
+        return (TEST, *self.params.ingest.probes.prompts)
 
     def items(self, name: str) -> pd.DataFrame:
         path = self.workspace.probes / f"{name}.parquet"

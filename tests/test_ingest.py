@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_core.tokens import encode_prompt, encode_response
 from tasks.__main__ import main
 from tasks.canonical import opening
+from tasks.data_params import PromptParams
 from tasks.errors import DataError
 from tasks.ingest import run
-from tasks.data_params import PromptParams
 from tasks.params import check_params
 from tasks.sources import digest
 from tasks.splits import normal
@@ -64,7 +64,7 @@ def test_tables_have_the_agreed_columns_and_splits(made):
     _, pairs, prompts = made
     assert set(pairs) == {
         "pair_id", "format", "prompt", "chosen", "rejected", "margin", "target", "chosen_tokens", "rejected_tokens",
-        "source", "group", "split",
+        "source", "reward", "group", "split",
     }  # fmt: skip
     assert set(prompts) == {"prompt_id", "format", "prompt", "tokens", "source", "group", "split"}
     assert set(pairs["split"]) == {"reward_train", "reward_eval", "judge_train", "judge_eval"}

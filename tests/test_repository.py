@@ -23,7 +23,7 @@ from tasks.workspace import Workspace
 GRAPH = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 HERE = Workspace(REPOSITORY)
 OUTPUTS = {
-    "ingest": [HERE.canonical, HERE.base_model, HERE.judge_base, HERE.reward_base],
+    "ingest": [HERE.canonical, HERE.probes, HERE.base_model, HERE.judge_base, HERE.reward_base],
     "validate": [HERE.report("validate")],
     "reward_model": [HERE.reward_model, HERE.judge, HERE.report("reward_model")],
     "ppo": [HERE.policy, HERE.cycles_csv],
