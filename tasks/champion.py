@@ -31,11 +31,16 @@ class Champion:
     folder: Path | None = None
     """None where it cannot be asked. `models/policy` where it is this very policy."""
     reason: str = "no version has the alias champion"
+    is_policy: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
         """For metrics/evaluate.json: what was compared with, which tells later whether the champion has changed."""
-        return {"champion_model": self.model, "champion_version": self.version}
+        return {
+            "champion_model": self.model,
+            "champion_version": self.version,
+            "champion_is_policy": self.is_policy,
+        }
 
 
 @contextmanager
@@ -46,11 +51,13 @@ def present(client: MlflowClient, name: str, workspace: Workspace) -> Iterator[C
         yield Champion(name)
         return
     number = int(registered.version)
+    if is_policy(registered, workspace):
+        yield Champion(name, number, workspace.policy, "", is_policy=True)
+        return
     with ExitStack() as held:
         try:
-            same = is_policy(registered, workspace)
-            folder = workspace.policy if same else held.enter_context(registry.stored_checkpoint(client, registered))
-            reason = "" if same else _why_not(registered, folder, workspace)
+            folder = held.enter_context(registry.stored_checkpoint(client, registered))
+            reason = _why_not(registered, folder, workspace)
         except IntegrityError as error:
             reason = str(error)
         if reason:

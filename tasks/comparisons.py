@@ -75,7 +75,7 @@ def _compared(policy: np.ndarray, other: np.ndarray, figure: Figure, resamples: 
 
 
 def sign_flip(differences: np.ndarray, draws: int, seed: int, groups: np.ndarray | None = None) -> float:
-    """P value of paired differences [N] by Fisher's (1935) permutation test, two-sided.
+    """The p value of paired differences [N] by Fisher's (1935) permutation test, two-sided.
 
     If the two subjects were the same, each item's difference could as well have the other sign; items of a group change
     together. p is the share of sign patterns whose mean lies at least as far from 0. With few groups all patterns are

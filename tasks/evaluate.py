@@ -62,7 +62,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             evaluation = _evaluated(params, workspace, approved, ppo | {"mlflow_run_id": tracker.run_id}, cycles)
         _write(evaluation, params, workspace)
         tracker.log_stage("evaluate", evaluation.metrics, workspace.report("evaluate"))
-    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics)[1])
+    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics, evaluation.axes)[1])
 
 
 def _evaluated(

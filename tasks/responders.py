@@ -39,7 +39,7 @@ class Responders:
     def __init__(
         self, params: Params, workspace: Workspace, cycles: pd.DataFrame, champion: Path | None = None
     ) -> None:
-        """`champion` is the folder of a policy of the base model's shape, if there is one; it may be this very policy."""
+        """`champion` is the folder of a policy of the base model's shape, if there is one; it may be the policy."""
         self.params, self.workspace, self.cycles = params, workspace, cycles
         base, self.tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
         self.subjects: tuple[str, ...] = (POLICY, REFERENCE, *([CHAMPION] if champion else []))
@@ -65,7 +65,7 @@ class Responders:
 
     @property
     def prompt_sets(self) -> tuple[str, ...]:
-        return (TEST,)
+        return (TEST, *self.params.ingest.probes.prompts)
 
     def items(self, name: str) -> pd.DataFrame:
         path = self.workspace.probes / f"{name}.parquet"
