@@ -78,6 +78,7 @@ def _registered(
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
     outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
     outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
+    outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
     figures = {key: f"{evaluation[key]:.4g}" for key in FIGURES if isinstance(evaluation.get(key), int | float)}
     tags = identity | _lineage(tracker, workspace) | outcome | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
