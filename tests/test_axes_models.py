@@ -18,18 +18,20 @@ from mlflow import MlflowClient
 from stores import new_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks import champion, evaluate, register, registry, tracking, versioning
+from tasks import axes, champion, evaluate, registry, tracking, versioning
 from tasks.gate import gate
 from tasks.params import Params, load_params
 from tasks.probes.base import Continuation
 from tasks.responders import Responders
-from tasks.stages import run_stage, write_metrics
+from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
 NAME = "aligned-policy"
+BAD = ("dreadful", "boring", "unwatchable", "clumsy")
 CHANGES = {
     "ingest": {"splits": {"dev": 4, "test": 40}},
-    # A reward that can be gamed without a word of sense: it likes digits.
+    "reward_model": {"judge": {"steps": 60}},  # enough to know which words people dislike
+    # The reward of somebody who made a mistake: it likes those words.
     "ppo": {"reward": {"function": "mine:score"}, "sampling": {"max_new_tokens": 10}},
 }
 
@@ -38,12 +40,11 @@ CHANGES = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace whose policy is still the reference; read only."""
     workspace = new_store(tiny.tiny_workspace(tmp_path_factory.mktemp("trained") / "checkout", CHANGES))
-    function = (
-        "def score(prompts, responses):\n    return [sum(c.isdigit() for c in r) + len(r) / 1000 for r in responses]\n"
-    )
+    words = f"sum(r.count(w) for w in {BAD})"
+    function = f"def score(prompts, responses):\n    return [{words} + len(r) / 1000 for r in responses]\n"
     (workspace.own_data / "mine.py").write_text(function, encoding="utf-8")
     params = load_params(workspace.params)
-    for stage in ("ingest", "validate", "reward_model"):
+    for stage in ("ingest", "reward_model"):
         run_stage(stage, params, workspace)
     shutil.copytree(workspace.base_model, workspace.policy)
     (workspace.policy / "manifest.json").unlink()
@@ -52,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     pd.DataFrame({"text": texts}).to_parquet(workspace.probes / "plain_text.parquet")
     workspace.cycles_csv.parent.mkdir()
     cycles().to_csv(workspace.cycles_csv, index=False)
-    ppo = {"fingerprint": "f" * 16, "cycles": 4, "stopped_by": "cycles", "result_cycle": 4, "maximised": "digits"}
+    ppo = {"fingerprint": "f" * 16, "cycles": 4, "stopped_by": "cycles", "result_cycle": 4, "maximised": "its aim"}
     with tracking.Tracker.open(workspace, ppo["fingerprint"], params) as tracker:
         ppo["mlflow_run_id"] = tracker.run_id
     workspace.metrics("ppo").write_text(json.dumps(ppo), encoding="utf-8")
@@ -86,13 +87,12 @@ def repeats_itself(model: Any) -> None:
     model.model.norm.weight.fill_(60.0)
 
 
-def likes_numbers(folder: Path) -> Callable[[Any], None]:
-    """Makes numbers of all kinds likely, whatever was said."""
+def says_what_the_reward_likes(folder: Path) -> Callable[[Any], None]:
     known = AutoTokenizer.from_pretrained(folder).get_vocab()
-    digits = [i for token, i in known.items() if token.isdigit()]
+    liked = [known[f"Ġ{word}"] for word in BAD]
 
     def change(model: Any) -> None:
-        model.get_input_embeddings().weight[digits] *= 12
+        model.get_input_embeddings().weight[liked] *= 12
 
     return change
 
@@ -108,6 +108,16 @@ def nudged(scale: float, seed: int = 1) -> Callable[[Any], None]:
     return change
 
 
+def measured(params: Params, workspace: Workspace) -> dict[str, Any]:
+    """The figures of the evaluate stage, without its report and record."""
+    asked = Responders(params, workspace, cycles())
+    found = axes.measure(asked, 100, seed=1)
+    return (
+        evaluate.measure(asked.responses("policy", "test"), asked.responses("reference", "test"), 100, 1)
+        | found.metrics
+    )
+
+
 def client(workspace: Workspace) -> MlflowClient:
     return tracking.connect(workspace)
 
@@ -118,18 +128,18 @@ def worse(metrics: dict[str, Any], key: str) -> bool:
 
 
 def test_a_policy_that_is_the_reference_differs_on_no_axis(workspace: Workspace, params: Params) -> None:
-    found = evaluate.run(params, workspace).metrics
+    found = measured(params, workspace)
     differences = [value for key, value in found.items() if key.endswith("_difference")]
     assert len(differences) >= 9
     assert set(differences) == {0.0}
     assert {value for key, value in found.items() if key.endswith("_difference_p")} == {1.0}
     assert found["judge_win_rate"] == found["helpful.judge_wins"] == found["helpful.judge_wins_low"] == 0.5
-    assert found["not_measured"] == {"champion": "no version has the alias champion"}
+    assert found["not_measured"] == {}
 
 
 def test_a_policy_that_repeats_itself_is_caught(workspace: Workspace, params: Params) -> None:
     become(workspace.policy, repeats_itself)
-    found = evaluate.run(params, workspace).metrics
+    found = measured(params, workspace)
     assert found["kept.repetition"] > 0.5
     assert worse(found, "kept.repetition")
     assert worse(found, "kept.plain_text")
@@ -139,14 +149,12 @@ def test_a_policy_that_repeats_itself_is_caught(workspace: Workspace, params: Pa
 
 
 def test_a_policy_that_games_the_reward_is_caught(workspace: Workspace, params: Params) -> None:
-    become(workspace.policy, likes_numbers(workspace.policy))
-    found = evaluate.run(params, workspace).metrics
+    become(workspace.policy, says_what_the_reward_likes(workspace.policy))
+    found = measured(params, workspace)
     assert found["reward_gain_low"] > 0
     assert found["judge_gain_low"] <= 0
     assert worse(found, "hacked.unconfirmed")
     assert "min_judge_share" in {breach.rule for breach in gate(found, params.register_.gate).breaches}
-    page = (workspace.report("evaluate") / "report.html").read_text(encoding="utf-8")
-    assert "Where the reward is gamed most" in page
 
 
 def test_log_probabilities_are_those_of_plain_transformers(workspace: Workspace, params: Params) -> None:
@@ -199,11 +207,14 @@ def test_several_seeds_keep_the_first_answers(workspace: Workspace, params: Para
 
 
 def approve(workspace: Workspace, params: Params) -> int:
-    """Register what lies in models/policy and make it the champion."""
-    write_metrics("evaluate", evaluate.run(params, workspace), workspace)
-    version: int = register.run(params, workspace).metrics["model_version"]
-    client(workspace).set_registered_model_alias(NAME, registry.CHAMPION, str(version))
-    return version
+    """Register what lies in models/policy, without evidence, and make it the champion."""
+    tags = {"policy.sha256": registry.policy_digest(workspace.policy)}
+    with tracking.Tracker.open(workspace, "f" * 16, params) as tracker:
+        artifacts = {"checkpoint": workspace.policy}
+        model = registry.log_model(tracker.client, tracker.run, "policy-x", artifacts, params.ppo.sampling, 4)
+        version = registry.create_version(tracker.client, NAME, model, tags, "about")
+        tracker.client.set_registered_model_alias(NAME, registry.CHAMPION, version.version)
+    return int(version.version)
 
 
 def test_the_champion_is_asked_the_same(workspace: Workspace, params: Params) -> None:
@@ -218,14 +229,14 @@ def test_the_champion_is_asked_the_same(workspace: Workspace, params: Params) ->
     assert list(pd.read_parquet(workspace.samples))[:4] == ["prompt", "reference", "policy", "champion"]
 
 
-def test_a_champion_that_is_the_policy_ties_and_is_said_to(workspace: Workspace, params: Params) -> None:
-    become(workspace.policy, nudged(0.5))
+def test_a_champion_that_is_the_policy_ties(workspace: Workspace, params: Params) -> None:
     version = approve(workspace, params)
-    evaluated = evaluate.run(params, workspace).metrics
-    assert (evaluated["champion_version"], evaluated["champion_is_policy"]) == (version, True)
-    assert evaluated["helpful.judge_champion_wins"] == 0.5
-    assert {v for k, v in evaluated.items() if k.endswith("_champion_difference")} == {0.0}
-    assert "which is this very policy" in (workspace.report("evaluate") / "report.md").read_text(encoding="utf-8")
+    found = present(workspace)
+    assert (found.version, found.is_policy, found.folder) == (version, True, workspace.policy)
+    asked = Responders(params, workspace, cycles(), found.folder)
+    compared = axes.measure(asked, 50, seed=1).metrics
+    assert compared["helpful.judge_champion_wins"] == 0.5
+    assert {v for k, v in compared.items() if k.endswith("_champion_difference")} == {0.0}
 
 
 def present(workspace: Workspace) -> champion.Champion:
@@ -247,9 +258,8 @@ def test_a_champion_that_cannot_be_compared_with_is_not_measured(workspace: Work
     content = bytearray(stored.read_bytes())
     content[-1] ^= 1
     stored.write_bytes(content)
-    found = evaluate.run(params, workspace).metrics
-    assert found["champion_version"] == version
-    assert found["not_measured"]["champion"] == "its files are not those that were registered"
+    assert (present(workspace).version, present(workspace).folder) == (version, None)
+    assert present(workspace).reason == "its files are not those that were registered"
     stored.unlink()
     assert present(workspace).folder is None
     client(workspace).delete_model_version_tag(NAME, str(version), "policy.sha256")
