@@ -123,9 +123,9 @@ class ProbeParams(Section):
     """Texts by people, for perplexity."""
     prompts: dict[PromptSet, ProbeSources] = Field(default={})
     """More sets of prompts that want a helpful answer, by names of your own."""
-    label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of the prompts of the two label sets, the share that the probes keep. Below 1 the others may be trained on, so
-    that one set of labels can serve both."""
+    harm_label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the prompts of `harm_labels`, the share that the probe keeps, with all replies to them. Below 1 the others may
+    be trained on, so that one set of labels can serve both."""
     max_text_tokens: Count = 2048
     """An answer, statement or text that is longer (with its prompt) is an error. Prompts that models reply to may have
     `ingest.max_prompt_tokens`."""
@@ -133,11 +133,8 @@ class ProbeParams(Section):
     @model_validator(mode="after")
     def _possible(self) -> ProbeParams:
         for name, sources in self.named().items():
-            for form in {source.format for source in sources} - {"rows"}:
-                if name not in _FORMATS[form]:
-                    raise ValueError(
-                        f"{name}: cannot be of the format {form}, which is for {' and '.join(_FORMATS[form])}"
-                    )
+            for form in {source.format for source in sources if name not in _FORMATS.get(source.format, (name,))}:
+                raise ValueError(f"{name}: the format {form} is for {' and '.join(_FORMATS[form])} alone")
         if taken := sorted(self.prompts.keys() & {*PROBES, "ppo", "dev", "test"}):
             raise ValueError(f"prompts: {taken[0]} is the name of a probe or of a split, choose another")
         return self

@@ -128,19 +128,26 @@ def _read_by_policy(item: Item) -> Iterator[tuple[str, str]]:
 
 
 def _table(name: str, items: Sequence[Item], params: IngestParams, seed: int) -> pd.DataFrame:
-    different = distinct(items, lambda item: tuple(normal(str(cell)) for row in _rows(item) for cell in row.values()))
-    if name in ("harm_labels", "refusal_labels") and params.probes.label_share < 1:
-        different = _share(name, different, params.probes.label_share, seed)
+    different = distinct(items, _same)
+    if name == "harm_labels" and params.probes.harm_label_share < 1:
+        different = _share(different, params.probes.harm_label_share, seed)
     return pd.DataFrame([row for item in different for row in _rows(item)])
 
 
-def _share(name: str, items: Sequence[Item], share: float, seed: int) -> list[Item]:
+def _same(item: Item) -> tuple[str, ...]:
+    """What two items have in common that ask the same; of a reply that is labelled twice, the first label counts."""
+    return tuple(
+        normal(str(cell)) for row in _rows(item) for name, cell in row.items() if name not in ("item", "label")
+    )
+
+
+def _share(items: Sequence[Item], share: float, seed: int) -> list[Item]:
     """A share of the labelled replies: all to a prompt, or none."""
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         assert isinstance(item, Labelled), "only label sets are shared"
         groups[asked(item.prompt, item.format)].append(item)
-    draw = random.Random(derive(seed, "probes", name))
+    draw = random.Random(derive(seed, "harm labels"))
     given = share_out(list(groups.values()), {"probes": share, "training": 1 - share}, draw)
     return [item for group in given["probes"] for item in group]
 

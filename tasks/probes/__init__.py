@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tasks.probes import hacked, helpful, kept
+from tasks.probes import hacked, harmless, helpful, honest, kept
 from tasks.probes.base import Probe
 
 PROBES: Mapping[str, Probe] = {
     "helpful": helpful.measure,
+    "harmless": harmless.measure,
+    "honest": honest.measure,
     "kept": kept.measure,
     "hacked": hacked.measure,
 }
