@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
-from ppo_core.config import ModelConfig
+from ppo_core.config import ModelConfig, SamplingConfig
 from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, prepared, same_weights, share, split
 from ppo_core.errors import ConfigError
 from ppo_core.law import SamplingLaw
@@ -220,6 +220,18 @@ class ActorCritic(nn.Module):
         logprobs, entropy = law_of_tokens(self.policy_head, features.policy, sequences.counted, law)
         values = self.value_head(features.critic)
         return TokenEvaluation(*(in_place(found, mask) for found in (logprobs, entropy, values)))
+
+    @torch.no_grad()
+    def language_model_logprobs(self, sequences: Sequences, activations: Tensor | None = None) -> Tensor:
+        """The policy's log-probabilities [B, R] of text that people wrote: at temperature 1, nothing left out.
+
+        `activations` are those of `activations(sequences)`, if they are known.
+        """
+        if activations is None:
+            activations = self.activations(sequences)
+        hidden = _before_tokens(self.policy, activations, sequences)
+        logprobs, _ = law_of_tokens(self.policy_head, hidden, sequences.counted, SamplingLaw(SamplingConfig(), ()))
+        return in_place(logprobs, sequences.mask)
 
     @torch.no_grad()
     def reference_logprobs(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> Tensor:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,10 +17,12 @@ from ppo_core.tokens import encode_prompt, encode_response
 from tasks.data_params import IngestParams, PromptParams, SplitParams
 from tasks.errors import DataError
 from tasks.formats import Preference, RatedText
-from tasks.pairing import rated_groups
-from tasks.splits import components, distinct, normal, share_out, take_exactly
+from tasks.pairing import RatedPair, length_balance, prompt_pairs, rated_groups
+from tasks.scored import BarePrompt
+from tasks.splits import asked, components, distinct, normal, share_out, take_exactly
 
 Feedback = Preference | RatedText
+Item = Feedback | BarePrompt
 Row = dict[str, Any]
 
 
@@ -52,34 +55,44 @@ class Prompt:
     group: str
 
 
-def without_duplicates(feedback: Iterable[Feedback]) -> list[Feedback]:
-    """The first of each rated text, and of each pair in one direction. A contradiction is validation's to judge."""
-    return distinct(feedback, lambda item: (type(item), *texts_of(item)))
+def without_duplicates(items: Iterable[Item]) -> list[Item]:
+    """The first of each prompt, rated text, and pair in one direction. A contradiction is validation's to judge."""
+    return distinct(items, lambda item: (type(item), *texts_of(item)))
 
 
-def texts_of(item: Feedback) -> tuple[str, ...]:
+def texts_of(item: Item) -> tuple[str, ...]:
     """What ties an item to others: its texts, its prompt, and what a conversation opens with."""
-    if isinstance(item, RatedText):
-        return (normal(item.text),)
-    texts = [item.chosen, item.rejected, item.prompt]
+    answers = [item.text] if isinstance(item, RatedText) else []
+    if isinstance(item, Preference):
+        answers = [item.chosen, item.rejected]
+    texts = [*answers, item.prompt]
     if item.format == "chat":
         texts += [turn["content"] for turn in json.loads(item.prompt) if turn["role"] != "system"][:1]
     return tuple(normal(text) for text in texts if text)
 
 
 def build(
-    feedback: Sequence[Feedback], params: IngestParams, seed: int, lengths: Lengths
+    items: Sequence[Item], params: IngestParams, seed: int, lengths: Lengths, held: Collection[str] = ()
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of the two tables. Raises DataError where there are too few for a split."""
+    """Rows of the two tables; no prompt is one of `held`. Raises DataError where there are too few for a split."""
     splits = params.splits
-    groups = components(feedback, texts_of)
-    given = share_out(groups, _shares(splits), random.Random(derive(seed, "splits")))
-    prompts = list(_prompts(given.pop("prompts"), params.prompts, random.Random(derive(seed, "openings"))))
+    groups = components(items, texts_of)
+    # What tells of no preference is no part of what is shared out; a bare prompt goes where feedback on it goes.
+    compared = [group for group in groups if _gives_pairs(group)]
+    given = share_out(compared, _shares(splits), random.Random(derive(seed, "splits")))
+    rest = [group for group in groups if not _gives_pairs(group)]
+    openings = random.Random(derive(seed, "openings"))
+    prompts = list(_prompts([*given.pop("prompts"), *rest], params.prompts, openings))
+    prompts = [prompt for prompt in prompts if asked(prompt.prompt, prompt.format) not in held]
     short = [prompt for prompt in prompts if lengths.prompt(prompt.prompt, prompt.format) <= params.max_prompt_tokens]
     prompt_rows = [_prompt_row(prompt, split, lengths) for split, prompt in _split_prompts(short, splits, seed)]
     pair_rows: list[Row] = []
     for split, parts in given.items():
-        rows = [*_stated_pairs(parts, split, lengths), *_rated_pairs(parts, split, params, seed, lengths)]
+        rows = [
+            *_stated_pairs(parts, split, lengths),
+            *_rated_pairs(parts, split, params, seed, lengths),
+            *_reply_pairs(parts, split, params, seed, lengths),
+        ]
         if not rows:
             raise DataError(f"too few texts: no pairs for {split}", "ingest.splits", "add data, or change the shares")
         pair_rows += rows
@@ -95,6 +108,13 @@ def opening(text: str, params: PromptParams, draw: random.Random) -> str | None:
     return text[: words[draw.randint(params.min_words, most) - 1].end()]
 
 
+def _gives_pairs(group: Sequence[Item]) -> bool:
+    """Whether there is something to compare: a pair, a text that stands for itself, two replies to one prompt."""
+    replies = Counter((item.source, item.prompt) for item in group if isinstance(item, RatedText) and item.prompt)
+    stated = any(isinstance(item, Preference) or (isinstance(item, RatedText) and not item.prompt) for item in group)
+    return stated or max(replies.values(), default=0) > 1
+
+
 def _shares(splits: SplitParams) -> dict[str, float]:
     kept = 1 - splits.held_out
     return {
@@ -106,12 +126,12 @@ def _shares(splits: SplitParams) -> dict[str, float]:
     }
 
 
-def _prompts(groups: Iterable[Sequence[Feedback]], params: PromptParams, draw: random.Random) -> Iterator[Prompt]:
-    """The prompts of pairs that have one; the opening of the text, or of the preferred one, where there is none."""
+def _prompts(groups: Iterable[Sequence[Item]], params: PromptParams, draw: random.Random) -> Iterator[Prompt]:
+    """The prompts there are; the opening of the text, or of the preferred one, where there is none."""
     for group in groups:
-        name = _digest(*texts_of(group[0]))
+        name = digest(*texts_of(group[0]))
         for item in group:
-            if isinstance(item, Preference) and item.prompt:
+            if isinstance(item, BarePrompt) or item.prompt:
                 yield Prompt(item.format, item.prompt, item.source, name)
             elif start := opening(item.text if isinstance(item, RatedText) else item.chosen, params, draw):
                 yield Prompt("text", start, item.source, name)
@@ -135,31 +155,56 @@ def _split_prompts(prompts: Iterable[Prompt], splits: SplitParams, seed: int) ->
         yield from ((split, prompt) for group in given[split] for prompt in group)
 
 
-def _stated_pairs(groups: Iterable[Sequence[Feedback]], split: str, lengths: Lengths) -> Iterator[Row]:
+def _stated_pairs(groups: Iterable[Sequence[Item]], split: str, lengths: Lengths) -> Iterator[Row]:
     for group in groups:
-        name = _digest(*texts_of(group[0]))
+        name = digest(*texts_of(group[0]))
         yield from (_pair_row(item, name, split, lengths) for item in group if isinstance(item, Preference))
 
 
 def _rated_pairs(
-    groups: Iterable[Sequence[Feedback]], split: str, params: IngestParams, seed: int, lengths: Lengths
+    groups: Iterable[Sequence[Item]], split: str, params: IngestParams, seed: int, lengths: Lengths
 ) -> Iterator[Row]:
     """Pairs of rated texts. Those of different sources are not compared: their scales may differ."""
-    rated = [item for group in groups for item in group if isinstance(item, RatedText)]
+    rated = [item for group in groups for item in group if isinstance(item, RatedText) and not item.prompt]
     for source in dict.fromkeys(item.source for item in rated):
         texts = [item for item in rated if item.source == source]
         draw = random.Random(derive(seed, "pairing", split, source))
         for pairs in rated_groups(texts, params.pairing.group_size, params.pairing.min_gap, draw):
-            name = _digest(*(pair.chosen.text for pair in pairs))
-            for chosen, rejected, margin, target in pairs:
-                pair = Preference("text", "", chosen.text, rejected.text, margin, target, chosen.row, source)
-                yield _pair_row(pair, name, split, lengths)
+            name = digest(*(pair.chosen.text for pair in pairs))
+            yield from (_pair_row(_preference(pair), name, split, lengths) for pair in pairs)
+
+
+def _reply_pairs(
+    groups: Iterable[Sequence[Item]], split: str, params: IngestParams, seed: int, lengths: Lengths
+) -> Iterator[Row]:
+    """Pairs of scored replies to the same prompt, from the same source; prompts in random order, so that they mix."""
+    draw = random.Random(derive(seed, "reply pairs", split))
+    runs: list[tuple[str, list[RatedPair]]] = []
+    for group in groups:
+        name = digest(*texts_of(group[0]))
+        replies = [item for item in group if isinstance(item, RatedText) and item.prompt]
+        for question in dict.fromkeys((item.source, item.prompt) for item in replies):
+            same = [item for item in replies if (item.source, item.prompt) == question]
+            runs += [(name, pairs) for pairs in prompt_pairs(same, params.pairing.min_gap)]
+    pairs = [(name, pair) for name, run in draw.sample(runs, len(runs)) for pair in run]
+    if params.pairing.balance_length:
+        ratios = [lengths.response(pair.chosen.text) / lengths.response(pair.rejected.text) for _, pair in pairs]
+        pairs = [pairs[i] for i in length_balance(ratios, draw)]
+    yield from (_pair_row(_preference(pair), name, split, lengths) for name, pair in pairs)
+
+
+def _preference(pair: RatedPair) -> Preference:
+    better, worse = pair.chosen, pair.rejected
+    return Preference(
+        better.format, better.prompt, better.text, worse.text, pair.margin, pair.target, better.row, better.source,
+        better.reward,
+    )  # fmt: skip
 
 
 def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row:
     before = lengths.prompt(pair.prompt, pair.format)
     return {
-        "pair_id": _digest(pair.format, pair.prompt, pair.chosen, pair.rejected),
+        "pair_id": digest(pair.format, pair.prompt, pair.chosen, pair.rejected),
         "format": pair.format,
         "prompt": pair.prompt,
         "chosen": pair.chosen,
@@ -169,6 +214,7 @@ def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row
         "chosen_tokens": before + lengths.response(pair.chosen),
         "rejected_tokens": before + lengths.response(pair.rejected),
         "source": pair.source,
+        "reward": pair.reward,
         "group": group,
         "split": split,
     }
@@ -176,7 +222,7 @@ def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row
 
 def _prompt_row(prompt: Prompt, split: str, lengths: Lengths) -> Row:
     return {
-        "prompt_id": _digest(prompt.format, prompt.prompt),
+        "prompt_id": digest(prompt.format, prompt.prompt),
         "format": prompt.format,
         "prompt": prompt.prompt,
         "tokens": lengths.prompt(prompt.prompt, prompt.format),
@@ -186,5 +232,6 @@ def _prompt_row(prompt: Prompt, split: str, lengths: Lengths) -> Row:
     }
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A short name for what the parts say."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

@@ -1,10 +1,10 @@
-"""The four formats of human feedback, each row checked against its schema; all bad rows of a file in one pass."""
+"""Formats of human feedback, each row checked against its schema; all bad rows of a file in one pass."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -38,31 +38,37 @@ class Preference:
     """Probability that a person prefers `chosen`."""
     row: int
     source: str = ""
+    reward: str = ""
+    """Which of several trained rewards learns from it; "": each."""
 
 
 @dataclass(frozen=True)
 class RatedText:
-    """A text and what single people thought of it."""
+    """A text and what single people thought of it: more is better. With a prompt, it is a reply to that."""
 
     text: str
     ratings: tuple[float, ...]
     row: int
     source: str = ""
+    format: Literal["text", "chat"] = "text"
+    prompt: str = ""
+    """As in `Preference`."""
+    reward: str = ""
 
     @property
     def mean(self) -> float:
         return sum(self.ratings) / len(self.ratings)
 
 
-def read_feedback(path: Path, format: str, bad: BadRows) -> Iterator[Preference | RatedText]:
-    """The good rows of a JSONL, CSV or Parquet file in one of the formats; the others go to `bad`."""
+def read_feedback(path: Path, format: str, bad: BadRows, comment: str = "") -> Iterator[Preference | RatedText]:
+    """The good rows of a JSONL, CSV or Parquet file in one of the formats here; the others go to `bad`."""
     schema = _SCHEMAS[format]
-    for number, row in read_rows(path, bad, schema.model_fields, _JSON_COLUMNS[format]):
+    for number, row in read_rows(path, bad, schema.model_fields, _JSON_COLUMNS[format], comment):
         try:
             # A null is a field that is not there.
             yield schema.model_validate({k: v for k, v in row.items() if v is not None}).parsed(number)
         except ValidationError as error:
-            _report(error, number, bad)
+            report(error, number, bad)
 
 
 def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: BadRows) -> Iterator[RatedText]:
@@ -72,7 +78,7 @@ def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: Bad
         try:
             found = _NUMBERS.validate_python(parse_json(cell))
         except ValidationError as error:
-            _report(error, number, bad_ratings)
+            report(error, number, bad_ratings)
         except ValueError as error:
             bad_ratings.add(number, f"is no list of numbers: {error}", "write [1, 2, 3]", "ratings")
         else:
@@ -85,7 +91,7 @@ def read_rated_tables(texts: Path, bad: BadRows, ratings: Path, bad_ratings: Bad
         try:
             yield _Rated.model_validate({"text": text, "ratings": known[key]}).parsed(number)
         except ValidationError as error:
-            _report(error, number, bad)
+            report(error, number, bad)
 
 
 def _readable(text: str) -> str:
@@ -105,12 +111,12 @@ Numbers = Annotated[list[Number], Field(min_length=1)]
 _NUMBERS = TypeAdapter(Numbers, config=ConfigDict(strict=True))
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
     # Strict: "3" is no number. Fields of other names are the user's own business.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class _Rated(_Schema):
+class _Rated(Schema):
     text: Text
     ratings: Numbers
 
@@ -118,19 +124,19 @@ class _Rated(_Schema):
         return RatedText(self.text.strip(), tuple(self.ratings), row)
 
 
-class _Message(_Schema):
+class Message(Schema):
     role: Literal["system", "user", "assistant"]
     content: Text
 
 
-class _Pair(_Schema):
+class _Pair(Schema):
     margin: Annotated[Number, Field(ge=0)] = 1.0
     target: Annotated[Number, Field(ge=0, le=1)] = 1.0
 
 
 Prompt = Annotated[
     Annotated[str, AfterValidator(lambda text: text and _readable(text)), Tag("as text")]
-    | Annotated[list[_Message], Field(min_length=1), Tag("as messages")],
+    | Annotated[list[Message], Field(min_length=1), Tag("as messages")],
     Discriminator(lambda value: "as messages" if isinstance(value, list) else "as text"),
 ]
 
@@ -148,13 +154,13 @@ class _Preference(_Pair):
     def parsed(self, row: int) -> Preference:
         if isinstance(self.prompt, str):
             return Preference("text", self.prompt, self.chosen, self.rejected, self.margin, self.target, row)
-        return Preference("chat", _json(self.prompt), self.chosen, self.rejected, self.margin, self.target, row)
+        return Preference("chat", as_json(self.prompt), self.chosen, self.rejected, self.margin, self.target, row)
 
 
 class _Messages(_Pair):
-    prompt: list[_Message] = []
-    chosen: Annotated[list[_Message], Field(min_length=1)]
-    rejected: Annotated[list[_Message], Field(min_length=1)]
+    prompt: list[Message] = []
+    chosen: Annotated[list[Message], Field(min_length=1)]
+    rejected: Annotated[list[Message], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _differ_in_the_last_reply(self) -> Self:
@@ -168,12 +174,12 @@ class _Messages(_Pair):
         return self
 
     def parsed(self, row: int) -> Preference:
-        prompt = _json([*self.prompt, *self.chosen[:-1]])
+        prompt = as_json([*self.prompt, *self.chosen[:-1]])
         chosen, rejected = self.chosen[-1].content, self.rejected[-1].content
         return Preference("chat", prompt, chosen, rejected, self.margin, self.target, row)
 
 
-class _Dialogues(_Schema):
+class _Dialogues(Schema):
     """hh-rlhf's conversations, each one text."""
 
     chosen: Text
@@ -213,14 +219,17 @@ def _refuse_same(chosen: str, rejected: str) -> None:
         raise ValueError("chosen and rejected are the same")
 
 
-def _json(messages: list[_Message]) -> str:
+def as_json(messages: list[Message]) -> str:
+    """A conversation as the canonical data has it."""
     return json.dumps([message.model_dump() for message in messages], ensure_ascii=False)
 
 
-def _report(error: ValidationError, row: int, bad: BadRows) -> None:
+def report(error: ValidationError, row: int, bad: BadRows, names: Mapping[str, str] | None = None) -> None:
+    """Everything that is wrong with a row. `names` are the user's own for fields of the schema."""
     for detail in error.errors(include_url=False):
         # The tags of `Prompt` are no part of the user's file.
-        column = ".".join(str(part) for part in detail["loc"] if part not in ("as text", "as messages"))
+        parts = [str(part) for part in detail["loc"] if part not in ("as text", "as messages")]
+        column = ".".join(filter(None, ((names or {}).get(part, part) for part in parts)))
         what = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
         bad.add(row, what, _MENDS.get(detail["type"], "mend the row or leave it out"), column)
 

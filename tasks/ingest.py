@@ -9,21 +9,24 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tasks.base_models import write_judge, write_policy, write_reward
-from tasks.canonical import Feedback, Lengths, build, without_duplicates
-from tasks.data_params import DataSource, IngestParams, SourceParams
-from tasks.errors import DataError
-from tasks.formats import RatedText, read_feedback, read_rated_tables
+from tasks.canonical import Item, Lengths, build, without_duplicates
+from tasks.data_params import DataSource, IngestParams, ProbeSource, SourceParams
+from tasks.errors import DataError, Problem
+from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
 from tasks.params import Params
+from tasks.probe_data import apart, read_probes
 from tasks.rows import BadRows
+from tasks.scored import BarePrompt, read_prompts, read_replies
 from tasks.seals import seal
-from tasks.sources import Fetched, fetch
+from tasks.sources import Fetched, fetch, files_of
+from tasks.splits import held_by
 from tasks.stages import StageResult
 from tasks.workspace import Workspace
 
@@ -36,7 +39,7 @@ class _Read:
 
     source: DataSource
     fetched: Fetched
-    items: list[Feedback]
+    items: list[Item]
     left_out: int
 
 
@@ -45,7 +48,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     ingest = params.ingest
     with _scratch(workspace) as scratch:
         base, canonical = scratch / "base", scratch / "canonical"
-        judge_base, reward_base = scratch / "judge_base", scratch / "reward_base"
+        judge_base, reward_base, probes = scratch / "judge_base", scratch / "reward_base", scratch / "probes"
         named = {"policy": ingest.policy, "adapter": ingest.adapter, "judge": ingest.judge, "reward": ingest.reward}
         sources = {name: source for name, source in named.items() if source is not None}
         models = {name: fetch(source, workspace, scratch) for name, source in sources.items()}
@@ -54,17 +57,24 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         write_reward(models.get("reward"), reward_base)
         read = [_read(source, ingest, workspace, scratch, lengths) for source in ingest.data]
         feedback = without_duplicates(item for part in read for item in part.items)
-        pairs, prompts = map(pd.DataFrame, build(feedback, ingest, params.seed, lengths))
+        asking = read_probes(ingest, workspace, scratch, lengths, params.seed)
+        held = held_by(asking.tables)
+        free = apart(feedback, held)
+        pairs, prompts = map(pd.DataFrame, build(free, ingest, params.seed, lengths, held))
+        asking.write(probes)
         canonical.mkdir()
         pairs.to_parquet(canonical / workspace.pairs.name, index=False)
         prompts.to_parquet(canonical / workspace.prompts.name, index=False)
         origins = [
             *(_origin(name, sources[name], fetched) for name, fetched in models.items()),
-            *map(_data_origin, read),
+            *(_data_origin("data", part.source, part.fetched, len(part.items)) for part in read),
+            *(_data_origin(f"probe {name}", source, fetched, n) for name, source, fetched, n in asking.read),
         ]
         (canonical / workspace.provenance.name).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
         result = _result(read, len(feedback), pairs, prompts)
-        places = {canonical: workspace.canonical, base: workspace.base_model}
+        result.metrics.update({"probes": asking.counts, "probe_rows_dropped": asking.left_out})
+        result.metrics.update({"left_to_the_probes": len(feedback) - len(free)})
+        places = {canonical: workspace.canonical, probes: workspace.probes, base: workspace.base_model}
         places |= {judge_base: workspace.judge_base, reward_base: workspace.reward_base}
         for folder in places:
             seal(folder)
@@ -73,51 +83,82 @@ def run(params: Params, workspace: Workspace) -> StageResult:
 
 
 def _read(source: DataSource, params: IngestParams, workspace: Workspace, scratch: Path, lengths: Lengths) -> _Read:
-    """Raises DataError that lists the bad rows of a file, up to twenty."""
-    fetched = fetch(source, workspace, scratch)
-    bad = BadRows(fetched.label)
-    others: list[BadRows] = []
-    rows: Iterator[Feedback]
-    if source.ratings_file:
-        ratings = fetch(source, workspace, scratch, file=source.ratings_file)
-        others = [BadRows(ratings.label)]
-        rows = read_rated_tables(fetched.path, bad, ratings.path, others[0])
-    else:
-        rows = read_feedback(fetched.path, source.format, bad)
-    items = [
-        replace(item, source=source.source)
-        for item in islice(rows, source.max_rows)
-        if _fits(item, params, lengths, bad)
-    ]
-    drop = source.bad_rows == "drop"
-    left_out = sum(found.settle(drop) for found in (*others, bad))
+    """Raises DataError that lists the bad rows of each file, up to twenty."""
+    fetched, files = files_of(source, workspace, scratch)
+    found: list[BadRows] = []
+    rows = chain.from_iterable(_rows(source, file, workspace, scratch, found) for file in files)
+    items = [_marked(item, source) for bad, item in islice(rows, source.max_rows) if _fits(item, params, lengths, bad)]
+    left_out = _settled(found, source.bad_rows == "drop")
     if not items:
         raise DataError("holds no usable rows", fetched.label, "check the file, and `format` in params.yaml")
     log.info("%s: %d rows", fetched.label, len(items))
     return _Read(source, fetched, items, left_out)
 
 
-def _fits(item: Feedback, params: IngestParams, lengths: Lengths, bad: BadRows) -> bool:
+def _rows(
+    source: DataSource, file: Fetched, workspace: Workspace, scratch: Path, found: list[BadRows]
+) -> Iterator[tuple[BadRows, Item]]:
+    """The good rows of a file, each beside where what is wrong with it belongs; that is added to `found`, too."""
+    bad = BadRows(file.label)
+    found.append(bad)
+    rows: Iterator[Item]
+    if source.ratings_file:
+        ratings = fetch(source, workspace, scratch, file=source.ratings_file)
+        found.append(BadRows(ratings.label))
+        rows = read_rated_tables(file.path, bad, ratings.path, found[-1])
+    elif source.format == "scored":
+        rows = read_replies(file.path, source, bad, -1 if source.higher_is_worse else 1)
+    elif source.format == "prompts":
+        rows = read_prompts(file.path, source, bad)
+    else:
+        rows = read_feedback(file.path, source.format, bad, source.comment)
+    yield from ((bad, row) for row in rows)
+
+
+def _marked(item: Item, source: DataSource) -> Item:
+    """The item with where it is from."""
+    if isinstance(item, BarePrompt):
+        return replace(item, source=source.source)
+    return replace(item, source=source.source, reward=source.reward)
+
+
+def _settled(found: Iterable[BadRows], drop: bool) -> int:
+    """How many rows are left out. Raises DataError with what is wrong in all files."""
+    problems: list[Problem] = []
+    left_out = 0
+    for bad in found:
+        try:
+            left_out += bad.settle(drop)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return left_out
+
+
+def _fits(item: Item, params: IngestParams, lengths: Lengths, bad: BadRows) -> bool:
     """Whether the policy can read the row; a silent cut would change what people rated."""
     before = bad.rows
-    if isinstance(item, RatedText):
-        prompt, texts = lengths.prompt("", "text"), {"text": item.text}
-    else:
-        try:
-            prompt = lengths.prompt(item.prompt, item.format)
-        except ValueError as error:
-            bad.add(item.row, str(error), "use a model with a fitting template, or mend the row", "prompt")
-            return False
-        texts = {"chosen": item.chosen, "rejected": item.rejected}
-        if prompt > params.max_prompt_tokens:
-            what = f"is {prompt} tokens long, allowed are {params.max_prompt_tokens}"
-            bad.add(item.row, what, "shorten it, or raise ingest.max_prompt_tokens", "prompt")
-            return False
-    for column, text in texts.items():
+    try:
+        prompt = lengths.prompt(item.prompt, item.format)
+    except ValueError as error:
+        bad.add(item.row, str(error), "use a model with a fitting template, or mend the row", "prompt")
+        return False
+    if item.prompt and prompt > params.max_prompt_tokens:
+        what = f"is {prompt} tokens long, allowed are {params.max_prompt_tokens}"
+        bad.add(item.row, what, "shorten it, or raise ingest.max_prompt_tokens", "prompt")
+        return False
+    for column, text in _answers(item).items():
         if (tokens := prompt + lengths.response(text)) > params.max_text_tokens:
             what = f"is with its prompt {tokens} tokens long, allowed are {params.max_text_tokens}"
             bad.add(item.row, what, "shorten it, or raise ingest.max_text_tokens", column)
     return bad.rows == before
+
+
+def _answers(item: Item) -> dict[str, str]:
+    if isinstance(item, Preference):
+        return {"chosen": item.chosen, "rejected": item.rejected}
+    return {"text": item.text} if isinstance(item, RatedText) else {}
 
 
 def _origin(name: str, source: SourceParams, fetched: Fetched) -> dict[str, Any]:
@@ -133,8 +174,8 @@ def _origin(name: str, source: SourceParams, fetched: Fetched) -> dict[str, Any]
     }
 
 
-def _data_origin(read: _Read) -> dict[str, Any]:
-    return _origin("data", read.source, read.fetched) | {"rows": len(read.items), "format": read.source.format}
+def _data_origin(name: str, source: DataSource | ProbeSource, fetched: Fetched, rows: int) -> dict[str, Any]:
+    return _origin(name, source, fetched) | {"rows": rows, "format": source.format}
 
 
 @contextmanager

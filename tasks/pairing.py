@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -10,6 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tasks.formats import RatedText
+
+_STEP = 0.5
+"""Width of a bin of log length ratios: by a factor of 1.65."""
 
 
 class RatedPair(NamedTuple):
@@ -45,6 +50,36 @@ def rated_groups(
         ranked = sorted(shuffled[start : start + group_size], key=lambda text: text.mean, reverse=True)
         compared = [_compare(higher, lower) for higher, lower in combinations(ranked, 2)]
         yield [pair for pair in compared if pair.margin > 0 and pair.margin >= min_gap]
+
+
+def prompt_pairs(replies: Sequence[RatedText], min_gap: float) -> Iterator[list[RatedPair]]:
+    """All replies to one prompt compared with each other; pairs whose mean scores differ, and by `min_gap` at least.
+
+    Yields together the pairs of one preferred reply.
+    """
+    ranked = sorted(replies, key=lambda reply: reply.mean, reverse=True)
+    for i, higher in enumerate(ranked):
+        compared = [_compare(higher, lower) for lower in ranked[i + 1 :]]
+        if wide := [pair for pair in compared if pair.margin > 0 and pair.margin >= min_gap]:
+            yield wide
+
+
+def length_balance(ratios: Sequence[float], draw: random.Random) -> list[int]:
+    """Which pairs to keep, so that length teaches nothing; `ratios` are chosen over rejected length, one a pair.
+
+    Of the direction (longer wins, shorter wins) that has more, pairs are left out at random, within each bin of ratios
+    that are alike (`_STEP`): then neither the longer nor the much longer reply is more likely to be the better one.
+    Pairs of one length stay.
+    """
+    logs = [math.log(ratio) for ratio in ratios]
+    sides: defaultdict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for i, log in enumerate(logs):
+        sides[math.ceil(abs(log) / _STEP)][log > 0].append(i)
+    kept = sides.pop(0, ([], []))[0]
+    for shorter, longer in sides.values():
+        n = min(len(shorter), len(longer))
+        kept += [*draw.sample(shorter, n), *draw.sample(longer, n)]
+    return sorted(kept)
 
 
 def _compare(higher: RatedText, lower: RatedText) -> RatedPair:

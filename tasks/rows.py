@@ -1,4 +1,4 @@
-"""Rows out of JSONL, CSV, Parquet and tab-separated files, one at a time; unreadable ones are named, not fatal."""
+"""Rows out of JSON, CSV, Parquet and tab-separated files, one at a time; unreadable ones are named, not fatal."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ MAX_ROW = 1 << 20
 """Bytes. A longer line, or row of a CSV or Parquet file, is reported without being kept whole."""
 MAX_FILE = 1 << 30
 """Bytes, unpacked. What is read is held in memory, so reading ends where a file turns out to have more."""
+MAX_JSON = 1 << 26
+"""Bytes of a .json file, which is parsed as a whole."""
 _SHOWN = 20
 _SAID = 200
 """Characters of one problem that are shown: it may quote what is in the file."""
@@ -70,11 +72,14 @@ class BadRows:
 
 
 def read_rows(
-    path: Path, bad: BadRows, columns: Collection[str], json_columns: Collection[str] = ()
+    path: Path, bad: BadRows, columns: Collection[str], json_columns: Collection[str] = (), comment: str = ""
 ) -> Iterator[tuple[int, Row]]:
-    """(row number, fields) of a .jsonl, .jsonl.gz, .csv or .parquet file; unreadable rows go to `bad`.
+    """(row number, fields) of a .jsonl, .jsonl.gz, .json, .csv or .parquet file; unreadable rows go to `bad`.
 
-    Rows of Parquet and lines of the others count from 1, a CSV's header being line 1 and a row named by its last line.
+    Lines at the head of a CSV that begin with `comment` are passed over.
+
+    Rows of Parquet and JSON and lines of the others count from 1, a CSV's header being line 1 and a row named by its
+    last line.
     Of Parquet only `columns` are read. The cells of a CSV are text, but for `json_columns` (numbers, arrays). Memory is
     bounded by `MAX_ROW`. Raises DataError if the file is of another kind, too large, or cannot be read at all.
     """
@@ -82,12 +87,14 @@ def read_rows(
     try:
         if name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl(path, bad)
+        elif name.endswith(".json"):
+            yield from objects(read_json(path, bad.label), bad)
         elif name.endswith(".csv"):
-            yield from _csv(path, bad, json_columns)
+            yield from _csv(path, bad, json_columns, comment)
         elif name.endswith(".parquet"):
             yield from _parquet(path, bad, columns)
         else:
-            raise DataError("is of no known kind", bad.label, "use .jsonl, .jsonl.gz, .csv or .parquet")
+            raise DataError("is of no known kind", bad.label, "use .jsonl, .jsonl.gz, .json, .csv or .parquet")
     # The last: names of columns in Parquet that are not UTF-8.
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}"[:_SAID], bad.label, "write the file again") from error
@@ -104,12 +111,39 @@ def read_tabs(path: Path, columns: int, bad: BadRows) -> Iterator[tuple[int, lis
                 bad.add(number, f"has {len(cells)} tab-separated cells", f"must have {columns}")
 
 
+def read_lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
+    """(line number, text) of every line that is not blank."""
+    with path.open("rb") as file:
+        yield from ((number, line.strip()) for number, line in _decoded(file, bad))
+
+
 def parse_json(text: str) -> Any:
     """JSON to the letter: no NaN or Infinity, no key twice. Raises ValueError."""
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+def read_json(path: Path, label: str) -> Any:
+    """What a .json file holds. It is read as a whole: raises DataError where it is no JSON, or larger than 64 MiB."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise DataError(f"is {size >> 20} MiB of JSON, which is read as a whole", label, "write .jsonl, a row a line")
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"is not JSON: {error}"[:_SAID], label, "write the file again") from error
+
+
+def objects(found: Any, bad: BadRows, column: str = "") -> Iterator[tuple[int, Row]]:
+    """The objects of a JSON array with their numbers. Raises DataError where it is none."""
+    if not isinstance(found, list):
+        raise DataError(f"{column or 'the file'} is no JSON array", bad.label, "write a list of objects")
+    for number, row in enumerate(found, 1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            bad.add(number, f"is a JSON {type(row).__name__}", "write an object", column)
 
 
 def _jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Row]]:
@@ -127,17 +161,19 @@ def _jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Row]]:
                 bad.add(number, f"is a JSON {type(row).__name__}", "write one JSON object a line")
 
 
-def _csv(path: Path, bad: BadRows, json_columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _csv(path: Path, bad: BadRows, json_columns: Collection[str], comment: str) -> Iterator[tuple[int, Row]]:
     number = size = 0
-    spoilt = False
+    spoilt, head = False, bool(comment)
 
     def lines(file: IO[bytes]) -> Iterator[str]:
         """Every line: to leave one out could join two rows."""
-        nonlocal number, size, spoilt
+        nonlocal number, size, spoilt, head
         for number, line in _lines(file, bad):
             if (size := size + len(line)) > MAX_ROW:
                 raise csv.Error(f"a row longer than {_MIB} MiB, or a quote that is never closed")
             text = _text(line, number, bad)
+            if head := head and text is not None and text.startswith(comment):
+                continue
             spoilt |= text is None
             yield line.decode("utf-8", "replace") if text is None else text
 

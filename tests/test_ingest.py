@@ -64,7 +64,7 @@ def test_tables_have_the_agreed_columns_and_splits(made):
     _, pairs, prompts = made
     assert set(pairs) == {
         "pair_id", "format", "prompt", "chosen", "rejected", "margin", "target", "chosen_tokens", "rejected_tokens",
-        "source", "group", "split",
+        "source", "reward", "group", "split",
     }  # fmt: skip
     assert set(prompts) == {"prompt_id", "format", "prompt", "tokens", "source", "group", "split"}
     assert set(pairs["split"]) == {"reward_train", "reward_eval", "judge_train", "judge_eval"}

@@ -17,9 +17,6 @@ from safetensors.torch import load_file
 from stores import new_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_core.config import SamplingConfig
-from ppo_core.law import SamplingLaw
-from ppo_core.models import ActorCritic
 from ppo_core.types import Sequences
 from tasks import ppo
 from tasks.params import Params, load_params
@@ -62,13 +59,6 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def logprobs_of(model: ActorCritic) -> torch.Tensor:
-    """What the policy says of some texts."""
-    texts, law = some_texts(), SamplingLaw(SamplingConfig(), ())
-    with torch.no_grad():
-        return model.evaluate(model.activations(texts), texts, law).logprobs
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
     ready: Workspace, tmp_path: Path, mode: str, request: pytest.FixtureRequest
@@ -79,15 +69,15 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
         while run.stopped is None:
             run.next_cycle()
         write_metrics("ppo", run.finish(), workspace)
-        trained = logprobs_of(run._ready().model)
+        trained = run._ready().model.language_model_logprobs(some_texts())
         weights = run.folder.weights(2)
 
     # evaluated
     responders = Responders(params, workspace)
     assert (responders.policy("test").kl != 0).any()
-    torch.testing.assert_close(logprobs_of(responders.model), trained, atol=1e-4, rtol=0)
+    torch.testing.assert_close(responders.model.language_model_logprobs(some_texts()), trained, atol=1e-4, rtol=0)
     responders.reference("test")
-    before = logprobs_of(responders.model)
+    before = responders.model.language_model_logprobs(some_texts())
     assert (before - trained).abs().max() > 0.01
 
     # stored
