@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from ppo_core.tokens import encode_response
-from tasks.errors import ConfigError, DataError
 from tasks.data_params import IngestParams
+from tasks.errors import ConfigError, DataError
 from tasks.sources import MODEL_FILES, Fetched, digest
 from tasks.workspace import Workspace
 

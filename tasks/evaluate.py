@@ -29,6 +29,7 @@ from tasks.statistics import (
     compare,
     distinct_n,
     judge_differences,
+    part_gains,
     relative_change,
     repetition,
     repetitions,
@@ -79,6 +80,10 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
         "kl": bootstrap_mean(policy.kl, resamples, seed),
         "repetition_difference": bootstrap_mean(repeated[1], resamples, seed),
         "repetition_3_difference": bootstrap_mean(repeated[3], resamples, seed),
+    }
+    intervals |= {
+        f"reward_gain_{name}": bootstrap_mean(gain, resamples, seed)
+        for name, gain in part_gains(policy, reference).items()
     }
     metrics = {key: bound for name, interval in intervals.items() for key, bound in _bounds(name, interval)}
     metrics |= compare(policy, reference)
