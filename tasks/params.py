@@ -166,8 +166,8 @@ class Params(Section):
 def load_params(path: Path, overrides: Sequence[str] = (), profile: Path | None = None) -> Params:
     """Read and check parameters.
 
-    `profile` is a file of what differs from `path`: sections are merged, lists replaced. `overrides`, which come after
-    it, are `section.key=value` strings, the value read as YAML.
+    `profile` is a file of what differs from `path`: sections are merged, lists and sources replaced. `overrides` come
+    after it: `section.key=value` strings, the value read as YAML.
     Raises ConfigError that lists every problem with its path in the file that it is in.
     """
     raw = _read(path, "name one with --params FILE")
@@ -179,11 +179,14 @@ def load_params(path: Path, overrides: Sequence[str] = (), profile: Path | None 
 
 
 def merged(raw: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` with the values of `over`, mapping by mapping."""
+    """`raw` with the values of `over`, mapping by mapping. One that names a `source` is taken whole.
+
+    The file and the digest beside a source are its own: those of another would not be found in it.
+    """
     result = dict(raw)
     for key, value in over.items():
         present = result.get(key)
-        if isinstance(value, Mapping) and isinstance(present, Mapping):
+        if isinstance(value, Mapping) and isinstance(present, Mapping) and "source" not in value:
             value = merged(present, value)
         result[key] = value
     return result

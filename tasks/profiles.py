@@ -32,7 +32,7 @@ def _differing(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[st
     found = {}
     for key, value in values.items():
         before = present.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and "source" not in value:
             if below := _differing(value, before):
                 found[key] = below
         elif key not in present or value != before:
