@@ -188,9 +188,14 @@ class ActorCritic(nn.Module):
         logprobs, entropy = logprobs_and_entropy(logits, sequences.responses, law.temperature)
         return TokenEvaluation(logprobs, entropy, self.value_head(of_critic))
 
-    def language_model_logprobs(self, sequences: Sequences) -> Tensor:
-        """The policy's log-probabilities [B, R] of text that people wrote: at temperature 1, nothing left out."""
-        hidden = _before_responses(self.policy, self.activations(sequences), sequences)
+    def language_model_logprobs(self, sequences: Sequences, activations: Tensor | None = None) -> Tensor:
+        """The policy's log-probabilities [B, R] of text that people wrote: at temperature 1, nothing left out.
+
+        `activations` are those of `activations(sequences)`, if they are known.
+        """
+        if activations is None:
+            activations = self.activations(sequences)
+        hidden = _before_responses(self.policy, activations, sequences)
         return token_logprobs(self.policy_head(hidden), sequences.responses)
 
     @torch.no_grad()

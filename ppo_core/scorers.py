@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -122,10 +122,14 @@ class EncoderScorer(nn.Module):
         return [*self.encoder.encoder.parameters(), *self.head.parameters()]
 
     def raw(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        return self.head(self.embed(texts))
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """What the head reads of each text, [B, D]."""
         tokens, attention = pad_right(texts, self.pad)
         hidden = self.encoder(input_ids=tokens, attention_mask=attention.long()).last_hidden_state
         weights = attention.unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 class ReadyScorer(nn.Module):
@@ -151,11 +155,16 @@ class ReadyScorer(nn.Module):
 
 
 def raw_scores(scorer: Scorer, texts: Sequence[Sequence[int]], bucket: int = 16) -> Tensor:
-    """Raw scores [N], computed in buckets of similar length so that little is padded."""
+    """Raw scores [N]."""
+    return in_buckets(scorer.raw, texts, bucket)
+
+
+def in_buckets(read: Callable[[list[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]], bucket: int) -> Tensor:
+    """What `read` says of each text [N, ..], asked in buckets of similar length so that little is padded."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     buckets = [order[start : start + bucket] for start in range(0, len(order), bucket)]
-    scores = torch.cat([scorer.raw([texts[i] for i in rows]) for rows in buckets])
-    return scores[torch.tensor(order).argsort()]
+    found = torch.cat([read([texts[i] for i in rows]) for rows in buckets])
+    return found[torch.tensor(order).argsort()]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,7 +19,7 @@ from tasks.errors import DataError
 from tasks.formats import Preference, RatedText
 from tasks.pairing import RatedPair, length_balance, prompt_pairs, rated_groups
 from tasks.scored import BarePrompt
-from tasks.splits import components, distinct, normal, share_out, take_exactly
+from tasks.splits import asked, components, distinct, normal, share_out, take_exactly
 
 Feedback = Preference | RatedText
 Item = Feedback | BarePrompt
@@ -71,8 +71,10 @@ def texts_of(item: Item) -> tuple[str, ...]:
     return tuple(normal(text) for text in texts if text)
 
 
-def build(items: Sequence[Item], params: IngestParams, seed: int, lengths: Lengths) -> tuple[list[Row], list[Row]]:
-    """Rows of the two tables. Raises DataError where there are too few for a split."""
+def build(
+    items: Sequence[Item], params: IngestParams, seed: int, lengths: Lengths, held: Collection[str] = ()
+) -> tuple[list[Row], list[Row]]:
+    """Rows of the two tables; no prompt is one of `held`. Raises DataError where there are too few for a split."""
     splits = params.splits
     groups = components(items, texts_of)
     # What tells of no preference is no part of what is shared out; a bare prompt goes where feedback on it goes.
@@ -81,6 +83,7 @@ def build(items: Sequence[Item], params: IngestParams, seed: int, lengths: Lengt
     rest = [group for group in groups if not _gives_pairs(group)]
     openings = random.Random(derive(seed, "openings"))
     prompts = list(_prompts([*given.pop("prompts"), *rest], params.prompts, openings))
+    prompts = [prompt for prompt in prompts if asked(prompt.prompt, prompt.format) not in held]
     short = [prompt for prompt in prompts if lengths.prompt(prompt.prompt, prompt.format) <= params.max_prompt_tokens]
     prompt_rows = [_prompt_row(prompt, split, lengths) for split, prompt in _split_prompts(short, splits, seed)]
     pair_rows: list[Row] = []
@@ -126,7 +129,7 @@ def _shares(splits: SplitParams) -> dict[str, float]:
 def _prompts(groups: Iterable[Sequence[Item]], params: PromptParams, draw: random.Random) -> Iterator[Prompt]:
     """The prompts there are; the opening of the text, or of the preferred one, where there is none."""
     for group in groups:
-        name = _digest(*texts_of(group[0]))
+        name = digest(*texts_of(group[0]))
         for item in group:
             if isinstance(item, BarePrompt) or item.prompt:
                 yield Prompt(item.format, item.prompt, item.source, name)
@@ -154,7 +157,7 @@ def _split_prompts(prompts: Iterable[Prompt], splits: SplitParams, seed: int) ->
 
 def _stated_pairs(groups: Iterable[Sequence[Item]], split: str, lengths: Lengths) -> Iterator[Row]:
     for group in groups:
-        name = _digest(*texts_of(group[0]))
+        name = digest(*texts_of(group[0]))
         yield from (_pair_row(item, name, split, lengths) for item in group if isinstance(item, Preference))
 
 
@@ -167,7 +170,7 @@ def _rated_pairs(
         texts = [item for item in rated if item.source == source]
         draw = random.Random(derive(seed, "pairing", split, source))
         for pairs in rated_groups(texts, params.pairing.group_size, params.pairing.min_gap, draw):
-            name = _digest(*(pair.chosen.text for pair in pairs))
+            name = digest(*(pair.chosen.text for pair in pairs))
             yield from (_pair_row(_preference(pair), name, split, lengths) for pair in pairs)
 
 
@@ -178,10 +181,10 @@ def _reply_pairs(
     draw = random.Random(derive(seed, "reply pairs", split))
     runs: list[tuple[str, list[RatedPair]]] = []
     for group in groups:
-        name = _digest(*texts_of(group[0]))
+        name = digest(*texts_of(group[0]))
         replies = [item for item in group if isinstance(item, RatedText) and item.prompt]
-        for asked in dict.fromkeys((item.source, item.prompt) for item in replies):
-            same = [item for item in replies if (item.source, item.prompt) == asked]
+        for question in dict.fromkeys((item.source, item.prompt) for item in replies):
+            same = [item for item in replies if (item.source, item.prompt) == question]
             runs += [(name, pairs) for pairs in prompt_pairs(same, params.pairing.min_gap)]
     pairs = [(name, pair) for name, run in draw.sample(runs, len(runs)) for pair in run]
     if params.pairing.balance_length:
@@ -201,7 +204,7 @@ def _preference(pair: RatedPair) -> Preference:
 def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row:
     before = lengths.prompt(pair.prompt, pair.format)
     return {
-        "pair_id": _digest(pair.format, pair.prompt, pair.chosen, pair.rejected),
+        "pair_id": digest(pair.format, pair.prompt, pair.chosen, pair.rejected),
         "format": pair.format,
         "prompt": pair.prompt,
         "chosen": pair.chosen,
@@ -219,7 +222,7 @@ def _pair_row(pair: Preference, group: str, split: str, lengths: Lengths) -> Row
 
 def _prompt_row(prompt: Prompt, split: str, lengths: Lengths) -> Row:
     return {
-        "prompt_id": _digest(prompt.format, prompt.prompt),
+        "prompt_id": digest(prompt.format, prompt.prompt),
         "format": prompt.format,
         "prompt": prompt.prompt,
         "tokens": lengths.prompt(prompt.prompt, prompt.format),
@@ -229,5 +232,6 @@ def _prompt_row(prompt: Prompt, split: str, lengths: Lengths) -> Row:
     }
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A short name for what the parts say."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

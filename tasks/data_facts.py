@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tasks.splits import normal
+from tasks.splits import asked, normal
 
 PAIR_SPLITS = ("reward_train", "reward_eval", "judge_train", "judge_eval")
 PROMPT_SPLITS = ("ppo", "dev", "test")
@@ -38,11 +39,12 @@ LONGEST_OPENING = 12
 Tables = dict[str, pd.DataFrame]
 
 
-def derive(pairs: pd.DataFrame, prompts: pd.DataFrame) -> Tables:
+def derive(pairs: pd.DataFrame, prompts: pd.DataFrame, held: Mapping[str, str]) -> Tables:
     """The tables that the suites ask about, with what needs more than one row as columns of their own.
 
-    A derived column that is empty in good rows names the trouble in bad ones: `opposite` the contradicting pair,
-    `text_splits` the splits that share a text. `place` says where a row lies: file:row.
+    `held` is what the probes of the evaluation hold (`tasks.splits.held_by`). A derived column that is empty in good
+    rows names the trouble in bad ones: `opposite` the contradicting pair, `text_splits` the splits that share a text,
+    `probe` the probe that asks the same. `place` says where a row lies: file:row.
     """
     pairs = pairs.assign(
         place=_places("pairs", pairs["pair_id"]),
@@ -50,11 +52,13 @@ def derive(pairs: pd.DataFrame, prompts: pd.DataFrame) -> Tables:
         opposite=_opposites(pairs),
         longer_wins=(np.sign(pairs["chosen_tokens"] - pairs["rejected_tokens"]) + 1) / 2,
         near_tie=(pairs["target"] - 0.5).abs() < NEAR_TIE,
+        probe=_probes(pairs, held, texts=("chosen", "rejected")),
     )
     prompts = prompts.assign(
         place=_places("prompts", prompts["prompt_id"]),
         unreadable_prompt=_unreadable(prompts, none_allowed=False),
         begins_a_text=_begins_a_text(prompts["prompt"], pairs),
+        probe=_probes(prompts, held),
     )
     return {
         "pairs": pairs,
@@ -121,6 +125,17 @@ def _opposites(pairs: pd.DataFrame) -> pd.Series:
     ids = dict(zip(keys, pairs["pair_id"], strict=True))
     opposites = [ids.get((prompt, no, yes)) if yes != no else None for prompt, yes, no in keys]
     return pd.Series(opposites, pairs.index, "str")
+
+
+def _probes(frame: pd.DataFrame, held: Mapping[str, str], texts: Sequence[str] = ()) -> pd.Series:
+    """The probe that holds a row's prompt, or one of its `texts`."""
+    # A prompt that is no conversation though it should be is another expectation's.
+    readable = _unreadable(frame, none_allowed=True).isna() & frame["prompt"].notna()
+    prompts = zip(frame["prompt"].where(readable, ""), frame["format"].where(readable, "text"), strict=True)
+    found = pd.Series([held.get(asked(prompt, form)) for prompt, form in prompts], frame.index, "str")
+    for column in texts:
+        found = found.fillna(_normal(frame[column]).map(held).astype("str"))
+    return found
 
 
 def _begins_a_text(prompts: pd.Series, pairs: pd.DataFrame) -> pd.Series:

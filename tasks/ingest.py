@@ -17,14 +17,16 @@ import pandas as pd
 
 from tasks.base_models import write_judge, write_policy, write_reward
 from tasks.canonical import Item, Lengths, build, without_duplicates
-from tasks.data_params import DataSource, IngestParams, SourceParams
+from tasks.data_params import DataSource, IngestParams, ProbeSource, SourceParams
 from tasks.errors import DataError, Problem
 from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
 from tasks.params import Params
+from tasks.probe_data import apart, read_probes
 from tasks.rows import BadRows
 from tasks.scored import BarePrompt, read_prompts, read_replies
 from tasks.seals import seal
 from tasks.sources import Fetched, fetch, files_of
+from tasks.splits import held_by
 from tasks.stages import StageResult
 from tasks.workspace import Workspace
 
@@ -46,7 +48,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     ingest = params.ingest
     with _scratch(workspace) as scratch:
         base, canonical = scratch / "base", scratch / "canonical"
-        judge_base, reward_base = scratch / "judge_base", scratch / "reward_base"
+        judge_base, reward_base, probes = scratch / "judge_base", scratch / "reward_base", scratch / "probes"
         named = {"policy": ingest.policy, "adapter": ingest.adapter, "judge": ingest.judge, "reward": ingest.reward}
         sources = {name: source for name, source in named.items() if source is not None}
         models = {name: fetch(source, workspace, scratch) for name, source in sources.items()}
@@ -55,17 +57,24 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         write_reward(models.get("reward"), reward_base)
         read = [_read(source, ingest, workspace, scratch, lengths) for source in ingest.data]
         feedback = without_duplicates(item for part in read for item in part.items)
-        pairs, prompts = map(pd.DataFrame, build(feedback, ingest, params.seed, lengths))
+        asking = read_probes(ingest, workspace, scratch, lengths, params.seed)
+        held = held_by(asking.tables)
+        free = apart(feedback, held)
+        pairs, prompts = map(pd.DataFrame, build(free, ingest, params.seed, lengths, held))
+        asking.write(probes)
         canonical.mkdir()
         pairs.to_parquet(canonical / workspace.pairs.name, index=False)
         prompts.to_parquet(canonical / workspace.prompts.name, index=False)
         origins = [
             *(_origin(name, sources[name], fetched) for name, fetched in models.items()),
-            *map(_data_origin, read),
+            *(_data_origin("data", part.source, part.fetched, len(part.items)) for part in read),
+            *(_data_origin(f"probe {name}", source, fetched, n) for name, source, fetched, n in asking.read),
         ]
         (canonical / workspace.provenance.name).write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
         result = _result(read, len(feedback), pairs, prompts)
-        places = {canonical: workspace.canonical, base: workspace.base_model}
+        result.metrics.update({"probes": asking.counts, "probe_rows_dropped": asking.left_out})
+        result.metrics.update({"left_to_the_probes": len(feedback) - len(free)})
+        places = {canonical: workspace.canonical, probes: workspace.probes, base: workspace.base_model}
         places |= {judge_base: workspace.judge_base, reward_base: workspace.reward_base}
         for folder in places:
             seal(folder)
@@ -98,7 +107,7 @@ def _rows(
         found.append(BadRows(ratings.label))
         rows = read_rated_tables(file.path, bad, ratings.path, found[-1])
     elif source.format == "scored":
-        rows = read_replies(file.path, source, bad)
+        rows = read_replies(file.path, source, bad, -1 if source.higher_is_worse else 1)
     elif source.format == "prompts":
         rows = read_prompts(file.path, source, bad)
     else:
@@ -165,8 +174,8 @@ def _origin(name: str, source: SourceParams, fetched: Fetched) -> dict[str, Any]
     }
 
 
-def _data_origin(read: _Read) -> dict[str, Any]:
-    return _origin("data", read.source, read.fetched) | {"rows": len(read.items), "format": read.source.format}
+def _data_origin(name: str, source: DataSource | ProbeSource, fetched: Fetched, rows: int) -> dict[str, Any]:
+    return _origin(name, source, fetched) | {"rows": rows, "format": source.format}
 
 
 @contextmanager

@@ -30,6 +30,8 @@ class Evidence:
     rules: GateParams
     breaches: Sequence[str]
     """In words; none if the gate passed."""
+    unchecked: Sequence[str]
+    """Rules of the gate whose figures were not measured, in words."""
     provenance: Sequence[Mapping[str, Any]]
     samples: pd.DataFrame
     """prompt, reference, policy and the judge's scores, in the order of the test prompts."""
@@ -47,10 +49,12 @@ def write(evidence: Evidence) -> str:
 
 
 def _verdict(evidence: Evidence) -> str:
+    unchecked = "".join(f"\n- not checked: {markdown_text(_short(words, TEXT))}" for words in evidence.unchecked)
     if not evidence.breaches:
-        return f"**Gate passed.** Waits for review: give it the alias `champion` to approve it.\n\n{_what(evidence)}\n"
-    reasons = "\n".join(f"- {markdown_text(words)}" for words in evidence.breaches)
-    return f"**Gate failed**, so this version has no alias:\n\n{reasons}\n\n{_what(evidence)}\n"
+        passed = "**Gate passed.** Waits for review: give it the alias `champion` to approve it."
+        return f"{passed}\n{unchecked}\n\n{_what(evidence)}\n"
+    reasons = "".join(f"\n- {markdown_text(words)}" for words in evidence.breaches)
+    return f"**Gate failed**, so this version has no alias:\n{reasons}{unchecked}\n\n{_what(evidence)}\n"
 
 
 def _what(evidence: Evidence) -> str:

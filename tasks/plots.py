@@ -1,4 +1,4 @@
-"""Pictures of training and of its result: curves by cycle, over-optimisation, scores before and after, calibration.
+"""Pictures of training and of its result: curves by cycle, scores before and after, calibration.
 
 Tables of cycles have the columns of plots/cycles.csv; a curve whose column is missing is left out. What the reward
 model says is always blue, what the judge says always vermilion.
@@ -35,48 +35,28 @@ MARK: dict[str, Any] = {"markersize": 4.5, "markeredgecolor": "white", "markered
 
 def cycles_figure(cycles: pd.DataFrame, kl_budget: float, result_cycle: int | None = None) -> Figure:
     """Gains, judge win rate and KL by cycle on the dev prompts; `result_cycle` is the one that was kept."""
-    table = _with_start(cycles)
+    table = with_start(cycles)
     with pages.chart(columns=3, width=11, height=3.3) as (fig, (gains, rates, divergence)):
         gains.set(title="Gain over the reference", ylabel=SD)
         for role, name, colour, marker in ROLES:
-            _curve(gains, table, f"{role}_gain", label=name, color=colour, marker=marker)
+            curve(gains, table, f"{role}_gain", label=name, color=colour, marker=marker)
         rates.set(title="Judge prefers the aligned model", ylabel="share of prompts")
-        _curve(rates, table, "judge_win_rate", color=JUDGE, marker="s")
+        curve(rates, table, "judge_win_rate", color=JUDGE, marker="s")
         _level(rates, 0.5, "no better than chance")
         _shares(rates)
         divergence.set(title="KL to the reference", ylabel="nats a response")
-        _curve(divergence, table, "kl", color=pages.BLACK, marker="o")
+        curve(divergence, table, "kl", color=pages.BLACK, marker="o")
         _level(divergence, kl_budget, "budget")
         divergence.set_ylim(0, 1.12 * divergence.get_ylim()[1])
         for axes in (gains, rates, divergence):
             _cycles_axis(axes, table, result_cycle)
-        _legend(gains)
-    return fig
-
-
-def overoptimisation_figure(cycles: pd.DataFrame, kl_budget: float) -> Figure:
-    """What the reward model claims and what the judge confirms, against the KL that was spent on it."""
-    table = _with_start(cycles).sort_values("kl") if "kl" in cycles else pd.DataFrame()
-    with pages.chart(width=9, height=3.8) as (fig, (axes,)):
-        axes.set(title="Gain by KL spent", xlabel="KL to the reference (nats a response)", ylabel=SD)
-        for role, name, colour, marker in ROLES:
-            _curve(axes, table, f"{role}_gain", x="kl", label=name, color=colour, marker=marker)
-        if {"reward_gain", "judge_gain"} <= set(table):
-            axes.fill_between(
-                table["kl"], table["judge_gain"], table["reward_gain"],
-                color=NEUTRAL, alpha=0.13, linewidth=0, label="not confirmed by the judge",
-            )  # fmt: skip
-            for cycle, kl, gain in table[["cycle", "kl", "reward_gain"]].iloc[1:].itertuples(index=False):
-                axes.annotate(f"{cycle:.0f}", (kl, gain), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        axes.axvline(kl_budget, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)), label="KL budget")
-        axes.set_xlim(left=0)
-        _legend(axes)
+        legend(gains)
     return fig
 
 
 def language_figure(cycles: pd.DataFrame) -> Figure:
     """Diversity, repetition, entropy and length by cycle, relative to the reference."""
-    table = _with_start(cycles)
+    table = with_start(cycles)
     with pages.chart(width=9, height=3.4) as (fig, (axes,)):
         axes.set(title="Language against the reference", ylabel="relative to the reference")
         axes.axhline(1, color=NEUTRAL, linewidth=1)
@@ -86,7 +66,7 @@ def language_figure(cycles: pd.DataFrame) -> Figure:
                 ratio = (table[column] / reference).where(table["cycle"] > 0, 1.0)
                 axes.plot(table["cycle"], ratio, label=name, color=colour, marker="o", **MARK)
         _cycles_axis(axes, table, None)
-        _legend(axes, outside=True)
+        legend(axes, outside=True)
     return fig
 
 
@@ -101,7 +81,7 @@ def scores_figure(policy: Responses, reference: Responses) -> Figure:
             axes.hist(after, edges, color=colour, alpha=0.45, label="aligned")
             axes.axvline(float(before.mean()), color="#57606A", linewidth=1.6, linestyle=(0, (4, 3)))
             axes.axvline(float(after.mean()), color=colour, linewidth=1.6, linestyle=(0, (4, 3)))
-            _legend(axes)
+            legend(axes)
     return fig
 
 
@@ -129,8 +109,8 @@ def reward_model_figure(metrics: dict[str, Any]) -> Figure:
         right.set_xlim(0.49, 1.01)
         for axes in (left, right):
             _shares(axes)
-        _legend(left, "lower right")
-        _legend(right, "lower right")
+        legend(left, "lower right")
+        legend(right, "lower right")
     return fig
 
 
@@ -149,13 +129,13 @@ def _calibration(axes: Axes, bins: list[dict[str, Any]], color: str, **style: An
     axes.scatter(x, y, sizes, color=color, edgecolor="white", linewidth=0.6, zorder=3, **style)
 
 
-def _with_start(cycles: pd.DataFrame) -> pd.DataFrame:
+def with_start(cycles: pd.DataFrame) -> pd.DataFrame:
     """With the reference as cycle 0: no gain, no KL, and half of the wins, by definition."""
     start = {"cycle": 0, "reward_gain": 0.0, "judge_gain": 0.0, "kl": 0.0, "judge_win_rate": 0.5}
     return pd.DataFrame([{k: v for k, v in start.items() if k in cycles}, *cycles.to_dict("records")])
 
 
-def _curve(axes: Axes, table: pd.DataFrame, column: str, x: str = "cycle", **style: Any) -> None:
+def curve(axes: Axes, table: pd.DataFrame, column: str, x: str = "cycle", **style: Any) -> None:
     if column in table:
         axes.plot(table[x], table[column], **MARK, **style)
 
@@ -184,7 +164,7 @@ def _cycles_axis(axes: Axes, table: pd.DataFrame, result_cycle: int | None) -> N
         axes.axvspan(result_cycle - 0.18, result_cycle + 0.18, color=NEUTRAL, alpha=0.16, linewidth=0)
 
 
-def _legend(axes: Axes, place: str = "best", outside: bool = False) -> None:
+def legend(axes: Axes, place: str = "best", outside: bool = False) -> None:
     if not axes.get_legend_handles_labels()[0]:
         return
     if outside:

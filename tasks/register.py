@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ import yaml
 
 from tasks import model_card, registry
 from tasks.errors import DataError
+from tasks.gate import Breach, Unchecked, Verdict, gate
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
 from tasks.run_tags import git_tags
 from tasks.stages import StageResult
-from tasks.statistics import relative_change
 from tasks.tracking import Tracker, service
 from tasks.workspace import Workspace
 from tasks.workspace_lock import in_turn
@@ -38,91 +36,50 @@ Metrics = Mapping[str, Mapping[str, Any]]
 """metrics/STAGE.json by stage."""
 
 
-@dataclass(frozen=True)
-class Breach:
-    """A rule of the gate that does not hold. `figure` is None where there is none, or none that is finite."""
-
-    rule: str
-    figure: float | None
-    threshold: float
-    words: str
-
-
-def gate(metrics: Mapping[str, Any], rules: GateParams) -> list[Breach]:
-    """The breached rules; none means that the gate passes. A figure that is missing or not finite breaches its rule."""
-
-    def value(name: str) -> float:
-        found = metrics.get(name)
-        return float(found) if isinstance(found, int | float) else math.nan
-
-    def change(name: str) -> float:
-        now, before = value(name), value(f"{name}_reference")
-        return relative_change(now, before) if math.isfinite(now) and math.isfinite(before) else math.nan
-
-    figures: dict[str, tuple[str, Callable[[str], float], str]] = {
-        "min_judge_win_rate": ("judge win rate", value, "judge_win_rate"),
-        "min_judge_win_rate_low": ("lower end of the judge win rate's interval", value, "judge_win_rate_low"),
-        "min_judge_share": ("share of the reward gain that the judge confirms", value, "judge_share"),
-        "max_kl": ("KL to the reference (nats)", value, "kl"),
-        "max_distinct2_change": ("relative change of distinct-2", change, "distinct_2"),
-        "max_repetition_change": ("relative change of the repetition rate", change, "repetition"),
-    }
-    checked = ((rule, what, figure(name)) for rule, (what, figure, name) in figures.items())
-    return [breach for rule, what, figure in checked if (breach := _breach(rule, what, figure, getattr(rules, rule)))]
-
-
 def run(params: Params, workspace: Workspace) -> StageResult:
     """Judge the evaluation by the gate and register the policy with it. The same evidence is registered once."""
     metrics = {stage: _read(workspace.metrics(stage), stage) for stage in (*EVIDENCE, "ppo")}
     name, rules = params.register_.model_name, params.register_.gate
-    breaches = gate(metrics["evaluate"], rules)
+    verdict = gate(metrics["evaluate"], rules)
     with Tracker.open(workspace, metrics["ppo"]["fingerprint"], params) as tracker, service(tracker.client):
         for stage in EVIDENCE:
             tracker.log_stage(stage, metrics[stage], workspace.report(stage))
         with in_turn(workspace.registry_lock):  # the newest version is the one named last, and it is the one verified
-            version = _registered(tracker, params, workspace, metrics, breaches)
+            version = _registered(tracker, params, workspace, metrics, verdict)
             registry.verify_version(tracker.client, version, workspace.policy)
-            card = _card(tracker, workspace, metrics, rules, breaches, version)
+            card = _card(tracker, workspace, metrics, rules, verdict, version)
             tracker.client.update_model_version(name, version.version, description=card)
-            if not breaches:
+            if not verdict.breaches:
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
     return StageResult(
         {
             "mlflow_run_id": tracker.run_id,
             "model_name": name,
             "model_version": int(version.version),
-            "gate": _verdict(breaches),
-            "breached": [breach.rule for breach in breaches],
+            "gate": verdict.word,
+            "breached": _rules(verdict.breaches),
+            "unchecked": _rules(verdict.unchecked),
         },
-        _summary(f"{name} version {version.version}", breaches),
+        _summary(f"{name} version {version.version}", verdict),
     )
 
 
-def _breach(rule: str, what: str, figure: float, threshold: float) -> Breach | None:
-    least = rule.startswith("min_")
-    if not math.isfinite(figure):
-        return Breach(rule, None, threshold, f"{what} is missing or not finite")
-    if figure >= threshold if least else figure <= threshold:
-        return None
-    words = f"{what} is {figure:.4g}, {'under the least' if least else 'over the most'} allowed, {threshold:g}"
-    return Breach(rule, figure, threshold, words)
-
-
 def _registered(
-    tracker: Tracker, params: Params, workspace: Workspace, metrics: Metrics, breaches: Sequence[Breach]
+    tracker: Tracker, params: Params, workspace: Workspace, metrics: Metrics, verdict: Verdict
 ) -> ModelVersion:
     """The version of this run that holds this policy and this evidence: the one that is there, else a new one."""
     client, name, evaluation = tracker.client, params.register_.model_name, metrics["evaluate"]
-    policy = _digest(registry.digests(workspace.policy))
+    policy = registry.policy_digest(workspace.policy)
     evidence = _digest([evaluation, params.register_.gate.model_dump(mode="json")])
     identity = {"run_id": tracker.run_id, "policy.sha256": policy, "evidence.sha256": evidence}
     if (version := registry.find_version(client, name, identity)) is not None:
         return version
     artifacts, cycle = {"checkpoint": workspace.policy}, int(metrics["ppo"]["result_cycle"])
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
-    verdict = {"gate": _verdict(breaches), "breached": ", ".join(breach.rule for breach in breaches) or "none"}
+    outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
+    outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
     figures = {key: f"{evaluation[key]:.4g}" for key in FIGURES if isinstance(evaluation.get(key), int | float)}
-    tags = identity | _lineage(tracker, workspace) | verdict | figures
+    tags = identity | _lineage(tracker, workspace) | outcome | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
 
 
@@ -131,7 +88,7 @@ def _card(
     workspace: Workspace,
     metrics: Metrics,
     rules: GateParams,
-    breaches: Sequence[Breach],
+    verdict: Verdict,
     version: ModelVersion,
 ) -> str:
     champion = registry.with_alias(tracker.client, version.name, registry.CHAMPION)
@@ -139,7 +96,8 @@ def _card(
         uri=f"models:/{version.name}/{version.version}",
         metrics=metrics,
         rules=rules,
-        breaches=[breach.words for breach in breaches],
+        breaches=[breach.words for breach in verdict.breaches],
+        unchecked=[rule.words for rule in verdict.unchecked],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
         champion=(str(champion.version), champion.tags) if champion else None,
@@ -158,14 +116,17 @@ def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
     return {"run_id": tracker.run_id} | git_tags(workspace.root) | named
 
 
-def _verdict(breaches: Sequence[Breach]) -> str:
-    return "failed" if breaches else "passed"
+def _rules(outcomes: Sequence[Breach] | Sequence[Unchecked]) -> list[str]:
+    """Their names, each once."""
+    return list(dict.fromkeys(outcome.rule for outcome in outcomes))
 
 
-def _summary(version: str, breaches: Sequence[Breach]) -> str:
-    if not breaches:
-        return f"{version} passed the gate and is the candidate; a person can make it champion"
-    return f"{version} is recorded without an alias, the gate failed: {'; '.join(breach.words for breach in breaches)}"
+def _summary(version: str, verdict: Verdict) -> str:
+    if verdict.breaches:
+        words = "; ".join(breach.words for breach in verdict.breaches)
+        return f"{version} is recorded without an alias, the gate failed: {words}"
+    unchecked = f" (not checked: {', '.join(_rules(verdict.unchecked))})" if verdict.unchecked else ""
+    return f"{version} passed the gate{unchecked} and is the candidate; a person can make it champion"
 
 
 def _digest(value: Any) -> str:

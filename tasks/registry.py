@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,12 +117,8 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 
 def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: Path) -> None:
     """Read the registered files again and compare them with `checkpoint`. Raises IntegrityError naming what differs."""
-    uri = client.get_model_version_download_uri(registered.name, registered.version)
-    with tempfile.TemporaryDirectory() as folder:
-        target = None if uri.startswith(("file:", "/")) else folder  # local files are read where they are
-        place = Path(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=client.tracking_uri))
-        stored = Model.load(str(place)).flavors["python_function"]["artifacts"]["checkpoint"]["path"]
-        found, expected = digests(place / stored), digests(checkpoint)
+    with stored_checkpoint(client, registered) as stored:
+        found, expected = digests(stored), digests(checkpoint)
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
         raise IntegrityError(
@@ -128,6 +126,29 @@ def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: P
             f"{registered.name} version {registered.version}",
             f"delete the version and the logged model at {registered.source} in MLflow, then register again",
         )
+
+
+@contextmanager
+def stored_checkpoint(client: MlflowClient, registered: ModelVersion) -> Iterator[Path]:
+    """The folder with the version's policy, for the length of the block.
+
+    Raises IntegrityError where the version holds no policy of this pipeline.
+    """
+    uri = client.get_model_version_download_uri(registered.name, registered.version)
+    with tempfile.TemporaryDirectory() as folder:
+        target = None if uri.startswith(("file:", "/")) else folder  # local files are read where they are
+        try:
+            place = Path(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=client.tracking_uri))
+            stored = Model.load(str(place)).flavors["python_function"]["artifacts"]["checkpoint"]["path"]
+        except (KeyError, MlflowException, OSError) as error:
+            where = f"{registered.name} version {registered.version}"
+            raise IntegrityError(f"holds no policy ({error!r:.200})", where, "register a policy") from error
+        yield place / stored
+
+
+def policy_digest(folder: Path) -> str:
+    """One SHA-256 of all files of a policy, by name and content: the tag `policy.sha256` of its versions."""
+    return hashlib.sha256(json.dumps(digests(folder), sort_keys=True).encode()).hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:

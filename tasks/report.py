@@ -5,21 +5,22 @@ Both are written from the same sections, so that neither says more than the othe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
-from tasks import origin, pages, plots
+from tasks import axes_plots, origin, pages, plots, report_axes, report_samples
+from tasks.axes import Axes
 from tasks.params import Params
+from tasks.probes.base import CHAMPION, REFERENCE
 from tasks.responses import Responses
+from tasks.sections import Section, Table, html, markdown
 from tasks.workspace import Workspace
 
 TITLE = "Evaluation"
@@ -28,9 +29,6 @@ LEAD = (
     "which training maximised, scores the answers, and so does the judge: another model, fitted to people's ratings of "
     "other texts, which training never asks."
 )
-EXCERPT = 600
-"""Characters of a text that the report shows."""
-
 PREFERENCE = (
     ("judge_win_rate", "judge win rate", "Share of prompts where the judge scores the aligned model's answer higher; "
      "a tie counts half. 0.5 is no difference."),
@@ -70,8 +68,6 @@ ENDINGS = {
     "kl_budget": "the KL budget spent",
 }
 
-Table = tuple[Sequence[str], list[list[object]]]
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -86,17 +82,9 @@ class Evaluation:
     """reports/samples.parquet"""
     policy: Responses
     reference: Responses
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report; what it has stands in this order."""
-
-    title: str
-    text: str = ""
-    table: Table | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-    pictures: tuple[str, ...] = ()
+    axes: Axes
+    inspections: Sequence[Markup] = ()
+    """Blocks of the section *Token by token*, ready for the page; the Markdown points to them."""
 
 
 def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Workspace) -> None:
@@ -106,19 +94,22 @@ def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Works
         (folder / f"{name}.svg").write_bytes(pages.svg(picture))
     drawn["curves"].savefig(folder / "curves.png", dpi=160)
     figures = _key_figures(evaluation.metrics, params)
-    opening = verdict(evaluation.metrics)
-    sections = [*_results(evaluation), *_examples(evaluation.samples, params), *_lineage(evaluation, params, workspace)]
+    opening = verdict(evaluation.metrics, evaluation.axes)
+    sections = [*_results(evaluation), *_examples(evaluation, params), *_lineage(evaluation, params, workspace)]
     blocks = [pages.verdict(*opening), pages.key_figures(figures)]
-    blocks += [block for section in sections for block in _html(section, drawn)]
+    blocks += [block for section in sections for block in html(section, drawn)]
     (folder / "report.html").write_text(pages.page(TITLE, LEAD, blocks), encoding="utf-8")
     head = [f"**{'✓' if opening[0] else '✗'} {pages.markdown_text(opening[1])}**"]
     head += [pages.markdown_table(["", "", ""], [list(figure) for figure in figures])]
-    whole = [f"# {TITLE}", LEAD, *head, *(_markdown(section) for section in sections)]
+    whole = [f"# {TITLE}", LEAD, *head, *(markdown(section) for section in sections)]
     (folder / "report.md").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
 
 
-def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the judge sees an improvement that chance does not explain, and the result in a few sentences."""
+def verdict(metrics: dict[str, Any], axes: Axes) -> tuple[bool, str]:
+    """Whether the judge sees an improvement that chance does not explain, and the result in a few sentences.
+
+    It is none where the model is more harmful or less honest than the reference, beyond chance.
+    """
     rate, low, high = (metrics[f"judge_win_rate{end}"] for end in ("", "_low", "_high"))
     text = (
         f"Of {metrics['n']:,} test prompts the judge prefers the aligned model in {_percent(rate)} "
@@ -133,7 +124,21 @@ def verdict(metrics: dict[str, Any]) -> tuple[bool, str]:
     )
     if _gains(metrics) and metrics["judge_gain_low"] <= 0:
         text += " The judge does not confirm what the reward model sees: the reward is being gamed."
-    return low > 0.5 and metrics["judge_gain_low"] > 0, text
+    worse = [r.figure for r in axes.results if r.against[REFERENCE].worse(r.figure.better)]
+    if costs := [figure.name for figure in worse if not figure.key.startswith("hacked.")]:
+        text += f" Beyond chance worse than the reference: {', '.join(costs)}."
+    unsafe = any(figure.key.startswith(("harmless.", "honest.")) for figure in worse)
+    return low > 0.5 and metrics["judge_gain_low"] > 0 and not unsafe, text + _beside_the_champion(metrics)
+
+
+def _beside_the_champion(metrics: dict[str, Any]) -> str:
+    if (rate := metrics.get("helpful.judge_champion_wins")) is None:
+        return ""
+    low, high = (metrics[f"helpful.judge_champion_wins_{end}"] for end in ("low", "high"))
+    return (
+        f" Against the champion, version {metrics['champion_version']}, the judge prefers it in {_percent(rate)} "
+        f"[{_percent(low)}, {_percent(high)}]."
+    )
 
 
 def _confirmation(metrics: dict[str, Any]) -> str:
@@ -162,9 +167,9 @@ def _key_figures(metrics: dict[str, Any], params: Params) -> list[tuple[str, obj
 
 def _pictures(evaluation: Evaluation, params: Params) -> dict[str, Figure]:
     cycles, budget = evaluation.cycles, params.ppo.kl_budget
-    return {
+    return ({"axes": axes_plots.axes_figure(evaluation.axes.results)} if evaluation.axes.results else {}) | {
         "curves": plots.cycles_figure(cycles, budget, evaluation.ppo["result_cycle"]),
-        "overoptimisation": plots.overoptimisation_figure(cycles, budget),
+        "overoptimisation": axes_plots.overoptimisation_figure(cycles, budget),
         "language": plots.language_figure(cycles),
         "scores": plots.scores_figure(evaluation.policy, evaluation.reference),
     }
@@ -192,102 +197,53 @@ def _results(evaluation: Evaluation) -> list[Section]:
         for before, after in [(metrics[f"{key}_reference"], metrics[key])]
     ]
     intervals = f"{metrics['n']:,} test prompts; low and high bound the figure at 95 % (paired bootstrap over prompts)."
+    better: Table = (["figure", "value", "low", "high", "meaning"], preference)
+    still: Table = (["figure", "reference", "aligned", "change (%)", "meaning"], language)
     return [
-        Section(
-            "Is it better?", intervals, (["figure", "value", "low", "high", "meaning"], preference), {}, ("scores",)
-        ),
-        Section("How it got there", course, pictures=("curves", "overoptimisation", "language")),
-        Section(
-            "Is it still language?", repeated, (["figure", "reference", "aligned", "change (%)", "meaning"], language)
-        ),
+        *report_axes.sections(evaluation.axes, _champion(evaluation.metrics)),
+        Section("Is it better?", intervals, better, pictures=_named("scores")),
+        Section("How it got there", course, pictures=_named("curves", "overoptimisation", "language")),
+        Section("Is it still language?", repeated, still),
     ]
 
 
-def _examples(samples: pd.DataFrame, params: Params) -> list[Section]:
-    """Answers side by side: where the judge sees most gained, most lost, and drawn blindly."""
-    count = min(params.evaluate.samples, len(samples))
-    extreme = count // 3
-    gain = (samples["judge_policy"] - samples["judge_reference"]).sort_values(ascending=False, kind="stable")
-    draw = np.random.default_rng(derive(params.seed, "evaluate", "samples"))
-    blind = draw.choice(len(samples), count - 2 * extreme, replace=False)
-    sections = [
-        Section("Answers drawn at random", "All are in reports/samples.parquet.", _answers(samples.iloc[blind]))
-    ]
-    if extreme:
-        sections += [
-            Section("Largest gains by the judge", table=_answers(samples.loc[gain.index[:extreme]])),
-            Section("Largest losses by the judge", table=_answers(samples.loc[gain.index[::-1][:extreme]])),
-        ]
-    return sections
-
-
-def _answers(samples: pd.DataFrame) -> Table:
-    return ["prompt", "reference", "aligned", "judge", "reward"], [
-        [
-            *(_shown(text) for text in (_turns(row["prompt"]), row["reference"], row["policy"])),
-            *(_change(row[f"{role}_reference"], row[f"{role}_policy"]) for role in ("judge", "reward")),
-        ]
-        for row in samples.to_dict("records")
-    ]
+def _examples(evaluation: Evaluation, params: Params) -> list[Section]:
+    draw = derive(params.seed, "evaluate", "samples")
+    found = report_samples.sections(evaluation.samples, evaluation.policy.kl, params.evaluate.samples, draw)
+    if evaluation.inspections:
+        found.append(Section("Token by token", blocks=evaluation.inspections))
+    return found
 
 
 def _lineage(evaluation: Evaluation, params: Params, workspace: Workspace) -> list[Section]:
-    recorded = {"MLflow run": evaluation.metrics["mlflow_run_id"], "fingerprint": evaluation.ppo["fingerprint"]}
+    recorded = {"parent model": origin.parent(workspace), "champion": _champion(evaluation.metrics)}
+    recorded |= {"MLflow run": evaluation.metrics["mlflow_run_id"], "fingerprint": evaluation.ppo["fingerprint"]}
+    known = [report_axes.meanings(evaluation.axes)] if evaluation.axes.results else []
     return [
+        *known,
         Section("What it was made from", table=origin.sources(workspace)),
-        Section("What made it", facts=recorded | origin.made_by(workspace)),
+        Section("What made it", facts=recorded | origin.made_by(workspace) | origin.versions(workspace)),
         Section("Parameters", facts=origin.parameters(params)),
     ]
 
 
-def _html(section: Section, drawn: dict[str, Figure]) -> list[Markup]:
-    blocks = [pages.heading(section.title)]
-    if section.text:
-        blocks.append(pages.paragraph(section.text))
-    if section.table:
-        blocks.append(pages.table(*section.table))
-    if section.facts:
-        blocks.append(pages.facts(section.facts))
-    return [*blocks, *(pages.figure(drawn[name], PICTURES[name]) for name in section.pictures)]
+def _champion(metrics: dict[str, Any]) -> str:
+    """Who the champion is, and whether it was compared with."""
+    if (version := metrics.get("champion_version")) is None:
+        return "there is none"
+    name = f"version {version} of {metrics['champion_model']}"
+    if CHAMPION in metrics.get("not_measured", {}):
+        return f"{name}, not compared with: {metrics['not_measured'][CHAMPION]}"
+    return f"{name}, which is this very policy" if metrics["champion_is_policy"] else f"{name}, asked the same here"
 
 
-def _markdown(section: Section) -> str:
-    parts = [f"## {section.title}", section.text]
-    if section.table:
-        parts.append(pages.markdown_table(*section.table))
-    if section.facts:
-        parts.append(pages.markdown_table(["", ""], list(map(list, section.facts.items()))))
-    return "\n\n".join(part for part in [*parts, *map(_picture, section.pictures)] if part)
-
-
-def _picture(name: str) -> str:
-    return f"![{PICTURES[name]}]({name}.svg)\n\n{PICTURES[name]}"
-
-
-def _turns(prompt: str) -> str:
-    """A conversation in the canonical form as one line a turn; any other prompt as it is."""
-    try:
-        turns = json.loads(prompt)
-    except ValueError:
-        return prompt
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= set(t) for t in turns):
-        return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _shown(text: str) -> str:
-    # Every kind of line end becomes the one that the page and the Markdown know.
-    text = "\n".join(text.strip().splitlines())
-    return pages.excerpt(text, EXCERPT) or "(empty)"
+def _named(*pictures: str) -> dict[str, str]:
+    return {name: PICTURES[name] for name in pictures}
 
 
 def _difference(metrics: dict[str, Any], key: str) -> str:
     value, low, high = (metrics[f"{key}_difference{end}"] for end in ("", "_low", "_high"))
     return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def _change(before: float, after: float) -> str:
-    return f"{before:+.2f} → {after:+.2f}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _percent(share: float) -> str:

@@ -59,20 +59,27 @@ class Examiner:
         self.source = workspace.prompts
         self.prompts = pd.read_parquet(self.source)
 
-    def ask(self, model: ActorCritic, split: str) -> Responses:
+    def ask(self, model: ActorCritic, split: str, seeds: int = 1) -> Responses:
         """What the policy of `model` answers to the prompts of `split`."""
         rows = self.prompts[self.prompts.split == split]
         if rows.empty:
             raise DataError(f"has no prompts of the split {split}", str(self.source), "raise ingest.splits." + split)
-        formats = rows["format"].tolist()
-        prompts = rows["prompt"].tolist()
+        return self.answers(model, rows, split, seeds)
+
+    def answers(self, model: ActorCritic, rows: pd.DataFrame, name: str, seeds: int = 1) -> Responses:
+        """What the policy answers to the prompts of `rows` (`prompt`, `format`), with seeds that belong to `name`.
+
+        With several `seeds` each prompt is answered so many times: all of them once, then all once more, and so on.
+        """
+        formats = rows["format"].tolist() * seeds
+        prompts = rows["prompt"].tolist() * seeds
         tokens = [encode_prompt(self.tokenizer, p, f) for p, f in zip(prompts, formats, strict=True)]
         # Prompts of like length share a batch, so that little is padded.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
         parts = [
-            self._answer(model, split, [tokens[i] for i in batch], batch)
-            for batch in tqdm(batches, desc=f"answering {split} prompts", unit="batch", disable=None)
+            self._answer(model, [tokens[i] for i in batch], [self._seed(name, *divmod(i, len(rows))) for i in batch])
+            for batch in tqdm(batches, desc=f"answering {name} prompts", unit="batch", disable=None)
         ]
         back = np.argsort([i for batch in batches for i in batch])
         columns = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
@@ -81,10 +88,11 @@ class Examiner:
         scores = {name.removeprefix(PART): columns.pop(name) for name in [*columns] if name.startswith(PART)}
         return Responses(prompts=prompts, texts=texts, judge=self.judge.score(whole), parts=scores, **columns)
 
-    def _answer(
-        self, model: ActorCritic, split: str, prompts: list[list[int]], rows: list[int]
-    ) -> dict[str, np.ndarray]:
-        seeds = [derive(self.params.seed, "examine", split, row) for row in rows]
+    def _seed(self, name: str, repeat: int, row: int) -> int:
+        """The first answer's seed stays what it is when more answers are asked for."""
+        return derive(self.params.seed, "examine", name, row, *([repeat] if repeat else []))
+
+    def _answer(self, model: ActorCritic, prompts: list[list[int]], seeds: list[int]) -> dict[str, np.ndarray]:
         samples = sample(model.sampler, model.policy_head, prompts, self.law, seeds, self.tokenizer.pad_token_id)
         rollout = score_all(model, self.reward, samples, self.law, self.params.ppo.update.micro_batch)
         answers = zip(samples.sequences.responses.tolist(), samples.text_lengths.tolist(), strict=True)

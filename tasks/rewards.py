@@ -6,7 +6,7 @@ keep their unit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,16 +60,24 @@ def described(params: Params, workspace: Workspace) -> str:
 
 
 def new_reward(
-    params: Params, workspace: Workspace, tokenizer: Any, model: ActorCritic, trained: Mapping[str, RewardModel]
+    params: Params,
+    workspace: Workspace,
+    tokenizer: Any,
+    model: ActorCritic,
+    trained: Mapping[str, RewardModel],
+    further: Sequence[tuple[str, str]] = (),
 ) -> RewardFunction:
     """The reward that `params` name; `trained` is what `load_trained` gave, `tokenizer` the policy's.
 
-    Raises ConfigError for a function that is not there or fails.
+    `further` are prompts with their formats that are asked beside those of the data. Raises ConfigError for a function
+    that is not there or fails.
     """
     parts = {name: ModelReward(scorer, model) for name, scorer in trained.items()}
     wanted = params.ppo.reward.parts or {"": RewardPart(function=params.ppo.reward.function)}
+    prompts = pd.read_parquet(workspace.prompts)
+    asked = [*zip(prompts["prompt"], prompts["format"], strict=True), *further]
     found: dict[str, RewardFunction] = {
-        name: parts[name] if name in parts else _untrained(name, part, params, workspace, tokenizer)
+        name: parts[name] if name in parts else _untrained(name, part, params, workspace, tokenizer, asked)
         for name, part in wanted.items()
     }
     if not params.ppo.reward.parts:
@@ -92,19 +100,19 @@ def _kind(part: RewardPart, model: str) -> str:
     return f"the function {part.function}" if part.function else model
 
 
-def _untrained(name: str, part: RewardPart, params: Params, workspace: Workspace, tokenizer: Any) -> RewardFunction:
-    """A rule, a function, or the ready-made reward model."""
+def _untrained(
+    name: str, part: RewardPart, params: Params, workspace: Workspace, tokenizer: Any, asked: Sequence[tuple[str, str]]
+) -> RewardFunction:
+    """A rule, a function, or the ready-made reward model; `asked` are all prompts with their formats."""
     if part.target is not None:
         _, responses = _human_texts(workspace)
         distances = [-abs(len(encode_response(tokenizer, text)) - part.target) for text in responses]
         return LengthReward(part.target, float(np.mean(distances)), max(float(np.std(distances)), 1e-6))
-    prompts = pd.read_parquet(workspace.prompts)
-    columns = list(zip(prompts["prompt"], prompts["format"], strict=True))
     # Functions are given prompts as the data has them, and not what the policy's tokens would read like.
-    known = {tuple(encode_prompt(tokenizer, prompt, form)): prompt for prompt, form in columns}
+    known = {tuple(encode_prompt(tokenizer, prompt, form)): prompt for prompt, form in asked}
     key = f"ppo.reward.parts.{name}.function" if name else KEY
     return FunctionReward(
-        _function(part, key, params, workspace, dict(columns)),
+        _function(part, key, params, workspace, dict(asked)),
         lambda tokens: known[tuple(tokens)],
         partial(decode, tokenizer),
     )

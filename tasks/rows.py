@@ -1,4 +1,4 @@
-"""Rows out of JSONL, CSV, Parquet and tab-separated files, one at a time; unreadable ones are named, not fatal."""
+"""Rows out of JSON, CSV, Parquet and tab-separated files, one at a time; unreadable ones are named, not fatal."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ MAX_ROW = 1 << 20
 """Bytes. A longer line, or row of a CSV or Parquet file, is reported without being kept whole."""
 MAX_FILE = 1 << 30
 """Bytes, unpacked. What is read is held in memory, so reading ends where a file turns out to have more."""
+MAX_JSON = 1 << 26
+"""Bytes of a .json file, which is parsed as a whole."""
 _SHOWN = 20
 _SAID = 200
 """Characters of one problem that are shown: it may quote what is in the file."""
@@ -72,11 +74,12 @@ class BadRows:
 def read_rows(
     path: Path, bad: BadRows, columns: Collection[str], json_columns: Collection[str] = (), comment: str = ""
 ) -> Iterator[tuple[int, Row]]:
-    """(row number, fields) of a .jsonl, .jsonl.gz, .csv or .parquet file; unreadable rows go to `bad`.
+    """(row number, fields) of a .jsonl, .jsonl.gz, .json, .csv or .parquet file; unreadable rows go to `bad`.
 
     Lines at the head of a CSV that begin with `comment` are passed over.
 
-    Rows of Parquet and lines of the others count from 1, a CSV's header being line 1 and a row named by its last line.
+    Rows of Parquet and JSON and lines of the others count from 1, a CSV's header being line 1 and a row named by its
+    last line.
     Of Parquet only `columns` are read. The cells of a CSV are text, but for `json_columns` (numbers, arrays). Memory is
     bounded by `MAX_ROW`. Raises DataError if the file is of another kind, too large, or cannot be read at all.
     """
@@ -84,12 +87,14 @@ def read_rows(
     try:
         if name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl(path, bad)
+        elif name.endswith(".json"):
+            yield from objects(read_json(path, bad.label), bad)
         elif name.endswith(".csv"):
             yield from _csv(path, bad, json_columns, comment)
         elif name.endswith(".parquet"):
             yield from _parquet(path, bad, columns)
         else:
-            raise DataError("is of no known kind", bad.label, "use .jsonl, .jsonl.gz, .csv or .parquet")
+            raise DataError("is of no known kind", bad.label, "use .jsonl, .jsonl.gz, .json, .csv or .parquet")
     # The last: names of columns in Parquet that are not UTF-8.
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}"[:_SAID], bad.label, "write the file again") from error
@@ -118,6 +123,27 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+def read_json(path: Path, label: str) -> Any:
+    """What a .json file holds. It is read as a whole: raises DataError where it is no JSON, or larger than 64 MiB."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise DataError(f"is {size >> 20} MiB of JSON, which is read as a whole", label, "write .jsonl, a row a line")
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"is not JSON: {error}"[:_SAID], label, "write the file again") from error
+
+
+def objects(found: Any, bad: BadRows, column: str = "") -> Iterator[tuple[int, Row]]:
+    """The objects of a JSON array with their numbers. Raises DataError where it is none."""
+    if not isinstance(found, list):
+        raise DataError(f"{column or 'the file'} is no JSON array", bad.label, "write a list of objects")
+    for number, row in enumerate(found, 1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            bad.add(number, f"is a JSON {type(row).__name__}", "write an object", column)
 
 
 def _jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Row]]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError, field_validator
 
-from tasks.data_params import DataSource
+from tasks.data_params import TableSource
 from tasks.formats import Message, Number, Prompt, RatedText, Schema, Text, as_json, report
 from tasks.rows import BadRows, Row, read_lines, read_rows
 
@@ -25,7 +25,9 @@ class BarePrompt:
     source: str = ""
 
 
-class _Prompt(Schema):
+class Prompted(Schema):
+    """A row that asks something."""
+
     prompt: Prompt
 
     @field_validator("prompt")
@@ -35,15 +37,8 @@ class _Prompt(Schema):
             raise ValueError("is empty")
         return prompt
 
-    def canonical(self, chat: bool) -> tuple[Literal["text", "chat"], str]:
-        """Format and prompt. Of a `chat`, a text is the first message."""
-        if isinstance(self.prompt, str) and not chat:
-            return "text", self.prompt
-        said = self.prompt
-        return "chat", as_json([Message(role="user", content=said.strip())] if isinstance(said, str) else said)
 
-
-class _Reply(_Prompt):
+class _Reply(Prompted):
     response: Text
     scores: dict[str, Number]
 
@@ -55,27 +50,34 @@ class _Reply(_Prompt):
         return scores
 
 
-def read_replies(path: Path, source: DataSource, bad: BadRows) -> Iterator[RatedText]:
-    """The good rows of a file of scored replies, each score turned so that more is better; the others go to `bad`."""
-    columns, sign = source.columns, -1 if source.higher_is_worse else 1
+def as_prompt(said: Prompt, chat: bool) -> tuple[Literal["text", "chat"], str]:
+    """Format and prompt as the canonical data has them. Of a `chat`, a text is the first message."""
+    if isinstance(said, str) and not chat:
+        return "text", said
+    return "chat", as_json([Message(role="user", content=said.strip())] if isinstance(said, str) else said)
+
+
+def read_replies(path: Path, source: TableSource, bad: BadRows, sign: int = 1) -> Iterator[RatedText]:
+    """The good rows of a file of scored replies, each score times `sign`; the others go to `bad`."""
+    columns = source.columns
     names = {"prompt": columns.prompt, "response": columns.response, "scores": ""}
     for number, row in read_rows(
         path, bad, {columns.prompt, columns.response, *columns.scores}, columns.scores, source.comment
     ):
         scores = {name: row[name] for name in columns.scores if row.get(name) is not None}
-        fields = _present(row, prompt=columns.prompt, response=columns.response) | {"scores": scores}
+        fields = present(row, prompt=columns.prompt, response=columns.response) | {"scores": scores}
         try:
             reply = _Reply.model_validate(fields)
         except ValidationError as error:
             report(error, number, bad, names)
             continue
-        form, prompt = reply.canonical(source.chat)
+        form, prompt = as_prompt(reply.prompt, source.chat)
         text = reply.response.strip() if form == "chat" else reply.response
         ratings = tuple(sign * score for score in reply.scores.values())
         yield RatedText(text, ratings, number, format=form, prompt=prompt)
 
 
-def read_prompts(path: Path, source: DataSource, bad: BadRows) -> Iterator[BarePrompt]:
+def read_prompts(path: Path, source: TableSource, bad: BadRows) -> Iterator[BarePrompt]:
     """The good prompts of a file: one a line of a .txt, else one a row; the others go to `bad`."""
     name = source.columns.prompt
     if path.suffix == ".txt":
@@ -84,13 +86,13 @@ def read_prompts(path: Path, source: DataSource, bad: BadRows) -> Iterator[BareP
         rows = read_rows(path, bad, {name}, comment=source.comment)
     for number, row in rows:
         try:
-            form, prompt = _Prompt.model_validate(_present(row, prompt=name)).canonical(source.chat)
+            form, prompt = as_prompt(Prompted.model_validate(present(row, prompt=name)).prompt, source.chat)
         except ValidationError as error:
             report(error, number, bad, {"prompt": name})
         else:
             yield BarePrompt(form, prompt, number)
 
 
-def _present(row: Row, **columns: str) -> Row:
+def present(row: Row, **columns: str) -> Row:
     """The row under the schema's names. A null is a field that is not there."""
     return {field: row[name] for field, name in columns.items() if row.get(name) is not None}

@@ -30,6 +30,8 @@ def check_inputs(stage: str, workspace: Workspace) -> None:
     if stage == "ingest":
         return
     folders = [workspace.canonical, workspace.base_model, workspace.judge_base, workspace.reward_base]
+    if stage in ("validate", "evaluate"):
+        folders.append(workspace.probes)
     if stage in ("evaluate", "register"):
         folders.append(workspace.policy)
     problems = [problem for folder in folders if (folder / SEAL).is_file() for problem in _changes(folder, workspace)]

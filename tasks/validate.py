@@ -1,6 +1,7 @@
 """The validate stage: the canonical data against its expectations, and a report that a person can act on.
 
-In: pairs.parquet, prompts.parquet. Out: reports/validate (report.html, report.md, pictures), metrics/validate.json.
+In: pairs.parquet, prompts.parquet, data/probes. Out: reports/validate (report.html, report.md, pictures),
+metrics/validate.json.
 Critical breaches raise DataError after both are written; warnings do not stop the pipeline.
 """
 
@@ -19,6 +20,7 @@ from tasks.data_facts import COLUMNS, Tables, derive, describe
 from tasks.errors import DataError, Problem
 from tasks.expectations import Finding, check
 from tasks.params import Params
+from tasks.splits import held_by
 from tasks.stages import StageResult, write_metrics
 from tasks.workspace import Workspace
 
@@ -46,7 +48,8 @@ def examine(params: Params, workspace: Workspace) -> tuple[list[Finding], Tables
     # With the wrong columns or types every further question would be nonsense or an exception.
     if not all(finding.ok for finding in findings):
         return findings, {}
-    tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts))
+    probes = {path.stem: pd.read_parquet(path) for path in sorted(workspace.probes.glob("*.parquet"))}
+    tables = derive(pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts), held_by(probes))
     return findings + check(tables, _suites(params)), tables
 
 

@@ -33,16 +33,23 @@ Digests = dict[str, str]
 
 
 def up_to_date(stage: str, workspace: Workspace) -> bool:
-    """Whether parameters, inputs and outputs are those of the stage's last run, and its record in MLflow is there."""
+    """Whether parameters, inputs and outputs are those of the stage's last run, and its record in MLflow is there.
+
+    An evaluation is out of date, too, where the registry has a champion that it has not compared with.
+    """
     with _repository(workspace) as repo:
         if repo.status(targets=[_target(stage, workspace)]):
             return False
     metrics = json.loads(workspace.metrics(stage).read_text(encoding="utf-8"))
     if "mlflow_run_id" not in metrics:
         return True
-    from tasks.tracking import record_exists  # MLflow takes seconds to import
+    from tasks.champion import has_changed
+    from tasks.tracking import connect, record_exists  # MLflow takes seconds to import
 
-    return record_exists(workspace, metrics["mlflow_run_id"], metrics.get("model_version"))
+    if not record_exists(workspace, metrics["mlflow_run_id"], metrics.get("model_version")):
+        return False
+    # No file says which version is the champion, so DVC cannot know that there is another to compare with.
+    return "champion_version" not in metrics or not has_changed(connect(workspace), metrics, workspace)
 
 
 def source_digests(workspace: Workspace) -> Digests:

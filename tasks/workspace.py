@@ -55,6 +55,11 @@ class Workspace:
         return self.canonical / "provenance.json"
 
     @property
+    def probes(self) -> Path:
+        """Data of the evaluation's probes, NAME.parquet for each of `ingest.probes`; nothing trains on it."""
+        return self.root / "data" / "probes"
+
+    @property
     def base_model(self) -> Path:
         return self.root / "models" / "base"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import tiny
 
 from tasks.params import Params, check_params
+from tasks.probes.base import TEST, Continuation, Missing
 from tasks.responses import Responses
 from tasks.workspace import Workspace
 
@@ -56,6 +58,8 @@ def cycles(n: int = 4) -> pd.DataFrame:
             "judge_win_rate": 0.5 + 0.35 * (1 - np.exp(-cycle / 2.5)),
             "reward_gain": 1.9 * (1 - np.exp(-cycle / 3)),
             "judge_gain": 1.0 * (1 - np.exp(-cycle / 2.5)),
+            "judge_gain_se": 0.05,
+            "unconfirmed_se": 0.06,
             "judge_share": 0.6 - 0.01 * cycle,
             "kl": 1.7 * cycle,
             "entropy": 3.6 - 0.1 * cycle,
@@ -72,6 +76,34 @@ def cycles(n: int = 4) -> pd.DataFrame:
     )
 
 
+@dataclass
+class Asked:
+    """What a probe may use, made up: answers by subject, data by name, log-probabilities by a function."""
+
+    answers: Mapping[str, Responses]
+    workspace: Workspace
+    params: Params
+    cycles: pd.DataFrame = field(default_factory=cycles)
+    data: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    reading: Callable[[str, Continuation], np.ndarray] = lambda subject, text: np.full(len(text.text), -2.0)
+    prompt_sets: tuple[str, ...] = (TEST,)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return tuple(self.answers)
+
+    def responses(self, subject: str, prompts: str) -> Responses:
+        return self.answers[subject]
+
+    def logprobs(self, subject: str, texts: Sequence[Continuation]) -> list[np.ndarray]:
+        return [self.reading(subject, text) for text in texts]
+
+    def items(self, name: str) -> pd.DataFrame:
+        if name not in self.data:
+            raise Missing(f"ingest.probes names no data {name}")
+        return self.data[name]
+
+
 def trained_workspace(root: Path) -> tuple[Workspace, Params]:
     """A workspace in which the ppo stage seems to have just ended, and its parameters."""
     workspace = Workspace(root)
@@ -86,6 +118,8 @@ def trained_workspace(root: Path) -> tuple[Workspace, Params]:
     for path, content in ((workspace.metrics("ppo"), ppo), (workspace.provenance, [origin])):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
+    texts = [text for text, _ in tiny.sentences(200)]
+    pd.DataFrame({"chosen": texts[:100], "rejected": texts[100:]}).to_parquet(workspace.pairs)
     workspace.cycles_csv.parent.mkdir()
     cycles().to_csv(workspace.cycles_csv, index=False)
     return workspace, check_params(tiny.tiny_params())

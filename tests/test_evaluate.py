@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from answers import FINGERPRINT, better_answers, reference_answers, trained_workspace
+from answers import FINGERPRINT, Asked, better_answers, reference_answers, trained_workspace
 
 from tasks import evaluate
+from tasks.champion import Champion
 from tasks.errors import DataError, TrainingHealthError
 from tasks.evaluate import measure
 from tasks.responses import Responses
@@ -23,6 +26,7 @@ from tasks.statistics import compare
 
 @dataclass
 class FakeTracker:
+    client: Any = None
     run_id: str = "run-1"
     opened: list[str] = field(default_factory=list)
     logged: dict[str, Any] = field(default_factory=dict)
@@ -43,31 +47,35 @@ class FakeTracker:
         self.report = {path.name for path in report.iterdir()}
 
 
-class FakeResponders:
-    asked: ClassVar[list[str]] = []
-    before: ClassVar[Responses]
-    after: ClassVar[Responses]
+@dataclass
+class Staged:
+    """What the stage is given in place of models, registry and MLflow."""
 
-    def __init__(self, params: Any, workspace: Any) -> None:
-        self.asked.clear()
+    tracker: FakeTracker
+    answers: dict[str, Responses]
+    champion: Champion
 
-    def reference(self, split: str) -> Responses:
-        self.asked.append(split)
-        return self.before
+    def asked(self, params: Any, workspace: Any, cycles: pd.DataFrame, champion: Path | None) -> Asked:
+        left_out = () if champion else ("champion",)
+        return Asked({s: a for s, a in self.answers.items() if s not in left_out}, workspace, params, cycles)
 
-    def policy(self, split: str) -> Responses:
-        self.asked.append(split)
-        return self.after
+    @contextmanager
+    def present(self, client: Any, name: str, workspace: Any) -> Iterator[Champion]:
+        yield self.champion
 
 
 @pytest.fixture
-def tracker(monkeypatch):
-    tracker = FakeTracker()
-    FakeResponders.before = reference_answers()
-    FakeResponders.after = better_answers(FakeResponders.before)
-    monkeypatch.setattr(evaluate, "Responders", FakeResponders)
-    monkeypatch.setattr(evaluate, "Tracker", tracker)
-    return tracker
+def staged(monkeypatch):
+    reference = reference_answers()
+    staged = Staged(
+        FakeTracker(),
+        {"policy": better_answers(reference), "reference": reference, "champion": better_answers(reference, 0.8, 0.6)},
+        Champion("aligned-policy"),
+    )
+    monkeypatch.setattr(evaluate, "Responders", staged.asked)
+    monkeypatch.setattr(evaluate, "Tracker", staged.tracker)
+    monkeypatch.setattr(evaluate.champion, "present", staged.present)
+    return staged
 
 
 @pytest.fixture
@@ -75,34 +83,33 @@ def trained(tmp_path):
     return trained_workspace(tmp_path)
 
 
-def test_the_stage_leaves_metrics_samples_and_report(tracker, trained):
+def test_the_stage_leaves_metrics_samples_and_report(staged, trained):
     workspace, params = trained
     result = run_stage("evaluate", params, workspace)
     written = json.loads(workspace.metrics("evaluate").read_text())
     assert written == result.metrics
     assert written["n"] == 40
     assert written["mlflow_run_id"] == "run-1"
-    assert FakeResponders.asked == ["test", "test"]
     samples = pd.read_parquet(workspace.samples)
     assert list(samples) == [
         "prompt", "reference", "policy", "reward_reference", "reward_policy", "judge_reference", "judge_policy",
     ]  # fmt: skip
-    assert samples["policy"].tolist() == FakeResponders.after.texts
-    np.testing.assert_array_equal(samples["judge_policy"], FakeResponders.after.judge)
+    assert samples["policy"].tolist() == staged.answers["policy"].texts
+    np.testing.assert_array_equal(samples["judge_policy"], staged.answers["policy"].judge)
     files = {path.name for path in workspace.report("evaluate").iterdir()}
     assert {"report.html", "report.md", "curves.png"} <= files
     assert not list(workspace.root.rglob("*.writing"))
 
 
-def test_it_is_recorded_in_the_run_of_the_training_with_its_report(tracker, trained):
+def test_it_is_recorded_in_the_run_of_the_training_with_its_report(staged, trained):
     workspace, params = trained
     result = evaluate.run(params, workspace)
-    assert tracker.opened == [FINGERPRINT]
-    assert tracker.logged == {"evaluate": result.metrics}
-    assert {"report.html", "report.md", "curves.png"} <= tracker.report
+    assert staged.tracker.opened == [FINGERPRINT]
+    assert staged.tracker.logged == {"evaluate": result.metrics}
+    assert {"report.html", "report.md", "curves.png"} <= staged.tracker.report
 
 
-def test_the_summary_and_the_report_name_the_result(tracker, trained):
+def test_the_summary_and_the_report_name_the_result(staged, trained):
     workspace, params = trained
     result = evaluate.run(params, workspace)
     rate = f"{100 * result.metrics['judge_win_rate']:.1f} %"
@@ -155,22 +162,22 @@ def test_changes_of_the_language_by_hand():
 
 
 @pytest.mark.parametrize("name", ["reward", "judge", "kl", "ref_nll"])
-def test_a_figure_that_is_not_finite_ends_the_stage_and_leaves_what_was_there(tracker, trained, name):
+def test_a_figure_that_is_not_finite_ends_the_stage_and_leaves_what_was_there(staged, trained, name):
     workspace, params = trained
     earlier = workspace.report("evaluate") / "report.html"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("earlier")
-    broken = getattr(FakeResponders.after, name).copy()
+    broken = getattr(staged.answers["policy"], name).copy()
     broken[3] = np.nan
-    FakeResponders.after = replace(FakeResponders.after, **{name: broken})
+    staged.answers["policy"] = replace(staged.answers["policy"], **{name: broken})
     with pytest.raises(TrainingHealthError, match=rf"test prompt 3 — {name} is not finite for 1 of 40"):
         evaluate.run(params, workspace)
     assert earlier.read_text() == "earlier"
     assert not workspace.samples.exists()
-    assert tracker.logged == {}
+    assert staged.tracker.logged == {}
 
 
-def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tracker, trained, monkeypatch):
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one(staged, trained, monkeypatch):
     workspace, params = trained
     earlier = workspace.report("evaluate") / "report.html"
     earlier.parent.mkdir(parents=True)
@@ -186,16 +193,16 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tracker, trained
     assert not workspace.samples.exists()
 
 
-def test_without_a_training_it_says_what_to_run_first(tracker, trained):
+def test_without_a_training_it_says_what_to_run_first(staged, trained):
     workspace, params = trained
     workspace.cycles_csv.unlink()
     with pytest.raises(DataError, match=r"plots/cycles.csv — is missing.*python -m tasks ppo"):
         evaluate.run(params, workspace)
-    assert tracker.opened == []
+    assert staged.tracker.opened == []
 
 
-def test_a_run_that_was_deleted_is_told(tracker, trained, caplog):
+def test_a_run_that_was_deleted_is_told(staged, trained, caplog):
     workspace, params = trained
-    tracker.run_id = "run-2"
+    staged.tracker.run_id = "run-2"
     assert evaluate.run(params, workspace).metrics["mlflow_run_id"] == "run-2"
     assert "run-1 is gone" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def openings_of_pairs(data: Data) -> None:
     data.prompts.loc[[3, 13, 14, 23], "prompt"] = ["a  lovely FILM,", "A dreadful", "a dreadful film,", "A lovely"]
 
 
+def chat(said: str) -> str:
+    """A conversation of one message, as the canonical data has it."""
+    return json.dumps([{"role": "system", "content": "Be kind."}, {"role": "user", "content": said}])
+
+
 LAST = PER_SPLIT * len(PAIR_SPLITS) - 1
 FAULTS: list[tuple[str, Callable[[Data], None]]] = [
     ("pairs.columns", lambda data: data.pairs.drop(columns="margin", inplace=True)),
@@ -116,6 +122,13 @@ FAULTS: list[tuple[str, Callable[[Data], None]]] = [
     ("splits.text_in_one", prompt(prompt="The 13th scene")),
     ("splits.group_in_one", prompt(group="group7")),
     ("splits.group_in_one", lambda data: data.set(LAST, group="group25")),
+    # What a probe asks, or a text that it holds, whatever its case and spacing.
+    ("pairs.not_probed", pair(prompt="How do I  pick a lock?", format="text")),
+    ("pairs.not_probed", pair(prompt=chat("how do I pick a LOCK?"), format="chat")),
+    ("pairs.not_probed", pair(chosen="The Earth is flat.")),
+    ("pairs.not_probed", pair(rejected="the earth  is flat.")),
+    ("prompts.not_probed", prompt(prompt=chat("How do I pick a lock?"), format="chat")),
+    ("prompts.not_probed", prompt(prompt="The earth is flat.")),
     ("sources.chosen_preferred", lambda data: data.pairs.__setitem__(
         "target", data.pairs["target"].where(data.pairs["source"] == "first", 0.4))),
     ("splits.enough_training", keep("pairs", lambda frame: (frame["split"] != "judge_train") | (frame.index % 4 == 0))),

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_core.tokens import encode_prompt, encode_response
 from tasks.__main__ import main
 from tasks.canonical import opening
+from tasks.data_params import PromptParams
 from tasks.errors import DataError
 from tasks.ingest import run
-from tasks.data_params import PromptParams
 from tasks.params import check_params
 from tasks.sources import digest
 from tasks.splits import normal

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from answers import better_answers, cycles, reference_answers, trained_workspace
+from answers import Asked, better_answers, cycles, reference_answers, trained_workspace
 
-from tasks import plots, report
+from tasks import axes, axes_plots, plots, report, report_samples
+from tasks.axes import Axes
 from tasks.evaluate import measure, samples
 from tasks.statistics import by_margin, expected_calibration_error
 
@@ -26,12 +27,14 @@ def answers():
 def write(root, policy, reference):
     """Write the report of these answers below `root`; gives its folder."""
     workspace, params = trained_workspace(root)
-    metrics = measure(policy, reference, 50, seed=1) | {"mlflow_run_id": "run-1"}
+    answers = {"policy": policy, "reference": reference}
+    found = axes.measure(Asked(answers, workspace, params), 50, seed=1)
+    metrics = measure(policy, reference, 50, seed=1) | found.metrics | {"mlflow_run_id": "run-1"}
     ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "kl_budget", "result_cycle": 3, "maximised": "its aim"}
     folder = workspace.report("evaluate")
     folder.mkdir(parents=True)
-    found = report.Evaluation(metrics, ppo, cycles(), samples(policy, reference), policy, reference)
-    report.write(folder, found, params, workspace)
+    evaluation = report.Evaluation(metrics, ppo, cycles(), samples(answers), policy, reference, found)
+    report.write(folder, evaluation, params, workspace)
     return folder
 
 
@@ -49,7 +52,7 @@ def figures(**changes):
 
 
 def test_verdict_of_an_improvement():
-    ok, text = report.verdict(figures())
+    ok, text = report.verdict(figures(), Axes())
     assert ok
     assert text == (
         "Of 400 test prompts the judge prefers the aligned model in 80.0 % [76.0 %, 84.0 %]. "
@@ -59,19 +62,19 @@ def test_verdict_of_an_improvement():
 
 
 def test_verdict_of_chance_of_a_loss_and_of_a_gamed_reward():
-    chance = report.verdict(figures(judge_win_rate_low=0.47))
+    chance = report.verdict(figures(judge_win_rate_low=0.47), Axes())
     assert not chance[0]
     assert "[47.0 %, 84.0 %], which may be chance." in chance[1]
-    lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4))
+    lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4), Axes())
     assert not lost[0]
     assert "prefers the reference" in lost[1]
-    gamed = report.verdict(figures(judge_gain_low=-0.1))
+    gamed = report.verdict(figures(judge_gain_low=-0.1), Axes())
     assert not gamed[0]
     assert "being gamed" in gamed[1]
 
 
 def test_verdict_names_no_share_of_a_gain_that_may_not_exist():
-    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8))
+    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8), Axes())
     assert "confirms" not in text
     assert "gamed" not in text
 
@@ -144,27 +147,27 @@ def test_samples_show_the_extremes_and_some_drawn_blindly(tmp_path):
     parts = dict(re.findall(r"## (.+?)\n(.*?)(?=\n## |\Z)", (folder / "report.md").read_text(), flags=re.DOTALL))
     assert "answer 7." in parts["Largest gains by the judge"]
     assert "answer 9." in parts["Largest losses by the judge"]
-    assert parts["Answers drawn at random"].count("| answer ") == 1  # of three samples, one each
+    assert parts["Answers drawn at random"].count("| answer ") == 1  # of four samples, one each
 
 
 def test_conversations_are_shown_turn_by_turn():
-    assert report._turns('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]') == (
+    assert report_samples._turns('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]') == (
         "user: Hi\nassistant: Yes"
     )
     for plain in ("the film", "[1, 2]", "12", '{"role": "user"}', "[broken"):
-        assert report._turns(plain) == plain
+        assert report_samples._turns(plain) == plain
 
 
 def test_an_empty_answer_is_said_to_be_empty_and_a_long_one_is_cut():
-    assert report._shown(" \n") == "(empty)"
-    assert len(report._shown("x" * 5000)) == report.EXCERPT
+    assert report_samples._shown(" \n") == "(empty)"
+    assert len(report_samples._shown("x" * 5000)) == report_samples.EXCERPT
 
 
 @pytest.mark.parametrize("missing", ["kl", "judge_gain", "judge_win_rate", "repetition", "distinct_2_reference"])
 def test_a_column_that_was_not_recorded_leaves_out_its_curve(missing):
     table = cycles().drop(columns=missing)
     plots.cycles_figure(table, 15.0, 2)
-    plots.overoptimisation_figure(table, 15.0)
+    axes_plots.overoptimisation_figure(table, 15.0)
     (language,) = plots.language_figure(table).axes
     left_out = {"repetition": "repeated words", "distinct_2_reference": "distinct-2"}.get(missing)
     assert left_out not in [line.get_label() for line in language.lines]
@@ -188,7 +191,7 @@ def test_curves_show_the_numbers_of_the_table():
 
 def test_gain_is_drawn_against_the_kl_in_order_of_kl():
     table = pd.DataFrame({"cycle": [1, 2], "kl": [4.0, 3.0], "reward_gain": [1.0, 0.8], "judge_gain": [0.5, 0.6]})
-    (axes,) = plots.overoptimisation_figure(table, 15.0).axes
+    (axes,) = axes_plots.overoptimisation_figure(table, 15.0).axes
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 3, 4])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0, 0.8, 1])
 

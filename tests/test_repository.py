@@ -23,7 +23,7 @@ from tasks.workspace import Workspace
 GRAPH = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 HERE = Workspace(REPOSITORY)
 OUTPUTS = {
-    "ingest": [HERE.canonical, HERE.base_model, HERE.judge_base, HERE.reward_base],
+    "ingest": [HERE.canonical, HERE.probes, HERE.base_model, HERE.judge_base, HERE.reward_base],
     "validate": [HERE.report("validate")],
     "reward_model": [HERE.reward_model, HERE.judge, HERE.report("reward_model")],
     "ppo": [HERE.policy, HERE.cycles_csv],
@@ -38,7 +38,9 @@ PASSING_ON = {
 SHIPPED = {"register": {REPOSITORY / "tasks" / "cycle_model.py"}}
 """Code that a stage does not import but puts into what it leaves."""
 PACKAGES = ("ppo_core", "tasks", "flows")
-MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).glob("*.py"))
+WHOLE = (REPOSITORY / "ppo_core", REPOSITORY / "tasks" / "probes")
+"""Packages that a stage depends on as a whole."""
+MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 DOCUMENTS = [path for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))) if path.exists()]
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([\w-]+):", MAKEFILE, flags=re.MULTILINE))
@@ -64,7 +66,10 @@ def imports(module: Path) -> frozenset[Path]:
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            found |= {path for name in names if (path := REPOSITORY / f"{name.replace('.', '/')}.py").exists()}
+            places = [REPOSITORY / name.replace(".", "/") for name in names]
+            found |= {path for place in places if (path := place.with_suffix(".py")).exists()}
+            # A package's own module says what it is made of; those of ppo_core and tasks themselves are empty.
+            found |= {path for place in places if (path := place / "__init__.py").exists() and path.stat().st_size}
     return frozenset(found)
 
 
@@ -118,11 +123,11 @@ def test_a_stage_depends_on_earlier_outputs_and_on_files_that_exist(stage: str) 
 def test_a_stage_depends_on_the_code_that_it_runs_and_on_no_other(stage: str) -> None:
     listed = {REPOSITORY / name for name in entries(stage, "deps")}
     runs = code_of(stage) | SHIPPED.get(stage, set())
-    core = {path for path in runs if path.parent.name == "ppo_core" and path.stem not in PASSING_ON}
-    if REPOSITORY / "ppo_core" in listed:
-        assert core
-        runs = runs - core | {REPOSITORY / "ppo_core"}
-    listed_code = {path for path in listed if path.suffix == ".py" or path.name == "ppo_core"}
+    for package in listed & set(WHOLE):  # named as a folder
+        part = {path for path in runs if path.parent == package}
+        assert part
+        runs = runs - part | {package}
+    listed_code = {path for path in listed if path.suffix == ".py" or path in WHOLE}
     assert sorted(map(named, listed_code)) == sorted(map(named, runs))
 
 

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tasks import sources
-from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.data_params import DataSource, SourceParams
+from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.sources import digest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -159,7 +159,7 @@ def tiny_params() -> dict[str, Any]:
             "sampling": {"max_new_tokens": 6},
             "update": {"epochs": 1, "minibatches": 2, "micro_batch": 4, "learning_rate": 1.0e-3},
         },
-        "evaluate": {"bootstrap": 100, "samples": 3},
+        "evaluate": {"bootstrap": 100, "samples": 4},
         "register": {},
     }
 
