@@ -106,8 +106,9 @@ def _untrained(
     """A rule, a function, or the ready-made reward model; `asked` are all prompts with their formats."""
     if part.target is not None:
         _, responses = _human_texts(workspace)
-        distances = [-abs(len(encode_response(tokenizer, text)) - part.target) for text in responses]
-        return LengthReward(part.target, float(np.mean(distances)), max(float(np.std(distances)), 1e-6))
+        return LengthReward(
+            part.target, *_scale([-abs(len(encode_response(tokenizer, text)) - part.target) for text in responses])
+        )
     # Functions are given prompts as the data has them, and not what the policy's tokens would read like.
     known = {tuple(encode_prompt(tokenizer, prompt, form)): prompt for prompt, form in asked}
     key = f"ppo.reward.parts.{name}.function" if name else KEY
@@ -132,11 +133,15 @@ def on_human_scale(function: PlainReward, prompts: list[str], responses: list[st
     As it is, if they are all equal to it.
     """
     batches = [slice(start, start + _BATCH) for start in range(0, len(responses), _BATCH)]
-    human = np.concatenate([function(prompts[batch], responses[batch]) for batch in batches])
-    if human.min() == human.max():
-        return function
-    mean, std = float(human.mean()), float(human.std())
+    mean, std = _scale(np.concatenate([function(prompts[batch], responses[batch]) for batch in batches]))
     return lambda prompts, responses: [(score - mean) / std for score in function(prompts, responses)]
+
+
+def _scale(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of human-written texts; 0 and 1 where they are all equal."""
+    if np.min(scores) == np.max(scores):
+        return 0.0, 1.0
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def _human_texts(workspace: Workspace) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ppo_core.types import Samples, Sequences
 from tasks.errors import ConfigError
 from tasks.params import Params, check_params, load_params
 from tasks.preference_models import trained_names
-from tasks.rewards import described
+from tasks.rewards import described, new_reward
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
@@ -105,10 +104,14 @@ def test_what_cannot_be_combined_is_a_config_error(reward: dict[str, Any], why: 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with two trained reward models, whose ppo stage may begin."""
     root = tmp_path_factory.mktemp("combined") / "checkout"
-    ratings = [{"source": f"file:{name}.jsonl", "format": "ratings", "reward": name} for name in ("warm", "brief")]
-    workspace = new_store(tiny.tiny_workspace(root, {"ingest": {"data": ratings}}))
+    data = [{"source": f"file:{name}.jsonl", "format": "ratings", "reward": name} for name in ("warm", "brief")]
+    workspace = new_store(tiny.tiny_workspace(root, {"ingest": {"data": data}}))
     for seed, name in enumerate(("warm", "brief")):
-        tiny.ratings_file(workspace.own_data / f"{name}.jsonl", 240, seed)
+        ratings = tiny.ratings_file(workspace.own_data / f"{name}.jsonl", 240, seed)
+    # Human texts of more than one length, which the length rule is measured in.
+    rows = [json.loads(line) for line in ratings.read_text().splitlines()]
+    shorter = [row | {"text": " ".join(row["text"].split()[: 5 + i % 4])} for i, row in enumerate(rows)]
+    ratings.write_text("".join(json.dumps(row) + "\n" for row in shorter), encoding="utf-8")
     for stage in ("ingest", "reward_model"):
         run_stage(stage, load_params(workspace.params), workspace)
     return workspace
@@ -169,22 +172,27 @@ def test_the_parts_reach_cycles_and_evaluation_each_in_units_of_human_text(works
     weighted = sum(params.ppo.reward.parts[name].weight * gain for name, gain in gains.items())
     table, pairs = pd.read_parquet(workspace.samples), pd.read_parquet(workspace.pairs)
     # Scores are added in float32, and what the policy says is far from human text for such a reward model.
-    largest = table[["reward_policy", "reward_reference"]].abs().to_numpy().max()
+    largest = float(table[["reward_policy", "reward_reference"]].abs().to_numpy().max())
     assert figures["reward_gain"] == pytest.approx(weighted, abs=1e-6 * largest)
     # A scale of its own for each, from the held-out human texts.
     held_out = pairs[pairs.split == "reward_eval"]
     human = list(dict.fromkeys([*held_out["chosen"], *held_out["rejected"]]))
     more_es = (table["policy"].str.count("e") - table["reference"].str.count("e")).mean()
     assert gains["mine"] == pytest.approx(more_es / np.std([text.count("e") for text in human]))
-    tokenizer = AutoTokenizer.from_pretrained(workspace.base_model)
-
-    def distances(texts: Iterable[str]) -> np.ndarray:
-        return np.array([abs(len(encode_response(tokenizer, text)) - 3) for text in texts])
-
-    nearer = distances(table["reference"]).mean() - distances(table["policy"]).mean()
-    # Sampled tokens may be fewer or more than those that their text is encoded to.
-    assert gains["short"] == pytest.approx(nearer / distances(human).std(), abs=0.5)
     assert described(params, workspace).startswith("the sum of 0.5 x brief (the trained reward model), 1 x warm")
+
+
+def test_the_scale_of_the_length_rule_is_that_of_human_text(workspace: Workspace) -> None:
+    pairs, tokenizer = pd.read_parquet(workspace.pairs), AutoTokenizer.from_pretrained(workspace.base_model)
+    held_out = pairs[pairs.split == "reward_eval"]
+    human = list(dict.fromkeys([*held_out["chosen"], *held_out["rejected"]]))
+    distances = [-abs(len(encode_response(tokenizer, text)) - 9) for text in human]
+    params = combined(workspace, {"short": {"rule": "length", "target": 9}})
+    short = new_reward(params, workspace, tokenizer, None, {}).rewards["short"]
+    assert (short.mean, short.std) == (pytest.approx(np.mean(distances)), pytest.approx(np.std(distances)))
+    pairs.assign(chosen="the film", rejected="the cast").to_parquet(workspace.pairs)
+    short = new_reward(params, workspace, tokenizer, None, {}).rewards["short"]
+    assert (short.mean, short.std) == (0.0, 1.0), "of one length, all of them: the scale is left alone"
 
 
 def test_a_part_without_its_reward_model_is_named(workspace: Workspace) -> None:
