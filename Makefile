@@ -9,6 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make align   run the pipeline: data, reward model, PPO, evaluation, registration"
+	@echo "             PROFILE=harmless-cpu: with what profiles/harmless-cpu.yaml says over params.yaml"
 	@echo "make ui      start the Prefect and MLflow UIs on this machine; Ctrl-C ends both"
 	@echo "make test    run the tests"
 	@echo "make faults  break it in the known ways and print what happened: fault, expected, seen"
@@ -18,7 +19,7 @@ help:
 	@echo "make lock    bring requirements.lock and requirements-dev.lock up to date with the .in files"
 
 align: $(VENV)/ready
-	@$(BIN)/python -m flows.align
+	@$(BIN)/python -m flows.align $(if $(PROFILE),--profile $(PROFILE))
 
 ui: $(VENV)/ready
 	@$(BIN)/python -m flows.ui

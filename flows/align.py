@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL  # noqa: E402
 from flows.server import prefect_api  # noqa: E402
 from tasks.errors import ProximalError, ServiceError  # noqa: E402
 from tasks.params import load_params  # noqa: E402
+from tasks.profiles import profile_file  # noqa: E402
 from tasks.workspace import Workspace  # noqa: E402
 from tasks.workspace_lock import workspace_lock  # noqa: E402
 
@@ -29,10 +30,11 @@ examples:
   python -m flows.align --set ppo.cycles=4                 the same with one parameter changed
   python -m flows.align --set ppo.reward.kl_coef=0.1 --set seed=3
   python -m flows.align --params experiments/small.yaml    with parameters from another file
+  python -m flows.align --profile harmless-cpu             with what profiles/harmless-cpu.yaml says over params.yaml
 
 Parameters other than those of params.yaml run in a git worktree of their own, which shares the cache of DVC and the
-records in MLflow; edit params.yaml to change what the checkout itself holds. Interrupt with Ctrl-C and run the same
-command again: it continues after the last finished cycle.
+records in MLflow; that of a profile is work/worktrees/NAME. Edit params.yaml to change what the checkout itself holds.
+Interrupt with Ctrl-C and run the same command again: it continues after the last finished cycle.
 
 The run reports to the Prefect server of PREFECT_API_URL if that is set, else to the one of `make ui` if that is
 running, else to a server that it starts and ends itself; in the last two cases `make ui` shows its history.
@@ -58,16 +60,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     here = Workspace.here()
-    params = load_params(args.params or here.params, args.set)
+    profile = profile_file(args.profile, here) if args.profile else None
+    params = load_params(args.params or here.params, args.set, profile)
     if params == load_params(here.params):
         with workspace_lock(here):  # told at once, not when a server has started; the flow takes it again
             pass
     print("connecting to Prefect (a server of our own takes some seconds to start) ...", flush=True)
     with prefect_api(here.work / "prefect_server.log", meanwhile=_import_libraries):
-        from flows.pipeline import align
+        from flows.pipeline import align, place
 
         try:
-            root = align(params, str(here.root), args.force)
+            # Made here, so that the flow finds in it what `--set` says over the profile.
+            where = place(params, here, args.profile) if args.profile else here
+            root = align(None if args.profile else params, str(where.root), args.force)
         except httpx.TransportError as error:
             mend = "what was done is kept: the same command says so, and does the rest"
             raise ServiceError(
@@ -102,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="section.key=value", help="change one parameter; may be repeated"
     )
     parser.add_argument("--params", type=Path, metavar="FILE", help="parameters to use instead of params.yaml")
+    parser.add_argument("--profile", metavar="NAME", help="lay profiles/NAME.yaml over them, before --set")
     parser.add_argument("--force", action="store_true", help="run every stage, also those that are up to date")
     return parser
 

@@ -23,6 +23,7 @@ from flows import artifacts, gpu, lifecycle, logs
 from tasks import environment
 from tasks.errors import ProximalError, ServiceError
 from tasks.params import Params, dump_params, load_params
+from tasks.profiles import profile_under
 from tasks.seals import check_inputs
 from tasks.stages import STAGES, StageResult, machine_errors, run_stage, write_metrics
 from tasks.workspace import Workspace
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 
 
 @flow(name=NAME, persist_result=False, on_crashed=[lifecycle.record_cancellation])
-def align(params: Params | None = None, workspace: str | None = None, force: bool = False) -> str | State:
+def align(
+    params: Params | None = None, workspace: str | None = None, force: bool = False, profile: str | None = None
+) -> str | State:
     """Align a language model to human preferences: data, reward model, PPO, evaluation, registration.
 
     Args:
@@ -46,6 +49,8 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
             differ from it, the run takes place in a git worktree of its own, so that what is recorded is what ran.
         workspace: Checkout to work in. Left empty, the one that this code belongs to.
         force: Run every stage, also those that DVC knows to be up to date.
+        profile: Name of a file in profiles/. Its parameters take the place of those of params.yaml; what was changed in
+            params comes over them. The run takes place in work/worktrees/NAME.
 
     Returns the folder in which the results lie (str).
     """
@@ -54,9 +59,12 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
         with logs.forwarded(), lifecycle.own_run():
             lifecycle.close_abandoned(NAME)
             gpu.ensure_limit()
-            place = _place(params, Workspace(Path(workspace)) if workspace else Workspace.here())
-            _run_stages(place, force)
-            return str(place.root)
+            here = Workspace(Path(workspace)) if workspace else Workspace.here()
+            if profile:
+                params = profile_under(params or load_params(here.params), profile, here)
+            where = place(params, here, profile)
+            _run_stages(where, force)
+            return str(where.root)
     # Prefect would pickle an exception that leaves the flow; one inside a state is raised to the caller and not stored.
     except ProximalError as error:
         return Failed(message=f"{type(error).__name__}: {error}", data=error)
@@ -79,18 +87,18 @@ def _run_stages(workspace: Workspace, force: bool) -> None:
             stage_task(stage, params, workspace, force, began)
 
 
-def _place(params: Params | None, workspace: Workspace) -> Workspace:
-    """The workspace itself for its own parameters; a worktree of it for others."""
-    if params is None or params == load_params(workspace.params):
+def place(params: Params | None, workspace: Workspace, profile: str | None = None) -> Workspace:
+    """The workspace itself for its own parameters; a worktree of it for others, which a profile gives its name."""
+    if params is None or (profile is None and params == load_params(workspace.params)):
         return workspace
     from tasks.versioning import worktree
 
     wanted = dump_params(params)
     # The same parameters lead to the same place, so that a run that was interrupted continues there.
-    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    place = worktree(workspace, wanted, name)
-    log.info("the parameters differ from %s, so the run takes place in %s", workspace.params.name, place.root)
-    return place
+    name = profile or hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+    found = worktree(workspace, wanted, name)
+    log.info("the parameters differ from %s, so the run takes place in %s", workspace.params.name, found.root)
+    return found
 
 
 def _can_help(task: Task[..., Any], task_run: TaskRun, state: State) -> bool:

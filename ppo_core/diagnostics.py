@@ -18,6 +18,8 @@ from ppo_core.types import Experience
 SUMS = ("tokens", "empty", "steps")
 OF_RESPONSES = ("score", "kl", "kl_k3", "length", "ended_rate", "repetition", "kl_coef")
 """Means over responses, or one number an iteration; the other means are over tokens."""
+PART = "score/"
+"""Before the name of a part of a combined reward: its mean score over responses."""
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
@@ -51,6 +53,7 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
         "empty": ((lengths == 0) | (rollout.ended & (lengths == 1))).sum(),
         "tokens": lengths.sum(),
     }
+    figures |= {PART + name: scores.mean() for name, scores in rollout.parts.items()}
     return {name: float(value) for name, value in figures.items()} | {"kl_coef": kl_coef}
 
 
@@ -114,7 +117,8 @@ def over_cycle(iterations: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _weights(name: str, iterations: Sequence[Mapping[str, float]]) -> Tensor:
     """What each iteration contributes to the mean `name`; every rollout has the same number of responses."""
-    per = [1.0 if name in OF_RESPONSES else stats["tokens"] for stats in iterations]
+    of_responses = name in OF_RESPONSES or name.startswith(PART)
+    per = [1.0 if of_responses else stats["tokens"] for stats in iterations]
     weights = torch.tensor(per, dtype=torch.float64)
     return weights / weights.sum().clamp(min=1)
 

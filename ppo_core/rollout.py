@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,36 @@ class ModelReward:
         if not self.shares_trunk:
             activations = self.model.trunk(samples.sequences.tokens, attention)
         return self.model.head.normalise(self.model.read(activations, attention))
+
+
+class CombinedReward:
+    """Several rewards as one: the weighted sum of their scores, or the worst of the weighted scores."""
+
+    def __init__(self, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float], worst: bool) -> None:
+        """`weights` are positive and have the names of `rewards`."""
+        self.rewards, self.weights, self.worst = rewards, weights, worst
+
+    def __call__(self, samples: Samples, activations: Tensor) -> Tensor:
+        return self.combine(self.parts(samples, activations))
+
+    def parts(self, samples: Samples, activations: Tensor) -> dict[str, Tensor]:
+        """Scores [B] by name, before they are weighted."""
+        return {name: reward(samples, activations).float() for name, reward in self.rewards.items()}
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """One score [B] from the scores by name."""
+        weighted = torch.stack([self.weights[name] * scores for name, scores in parts.items()])
+        return weighted.amin(dim=0) if self.worst else weighted.sum(dim=0)
+
+
+class LengthReward:
+    """How far a response is from `target` tokens: minus the distance, in units of `std` from `mean`."""
+
+    def __init__(self, target: int, mean: float, std: float) -> None:
+        self.target, self.mean, self.std = target, mean, std
+
+    def __call__(self, samples: Samples, activations: Tensor) -> Tensor:
+        return (-(samples.text_lengths - self.target).abs() - self.mean) / self.std
 
 
 class FunctionReward:
@@ -92,6 +122,8 @@ def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: Sam
     sequences = samples.sequences
     activations = model.activations(sequences) if samples.activations is None else samples.activations
     policy = model.evaluate(activations, sequences, law)
+    parts = reward.parts(samples, activations) if isinstance(reward, CombinedReward) else {}
+    scores = reward.combine(parts) if isinstance(reward, CombinedReward) else reward(samples, activations)
     return Rollout(
         sequences=sequences,
         activations=activations,
@@ -99,6 +131,7 @@ def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: Sam
         ref_logprobs=model.reference_logprobs(activations, sequences, law),
         values=policy.values,
         entropy=policy.entropy,
-        scores=reward(samples, activations).float(),
+        scores=scores.float(),
         ended=samples.ended,
+        parts=parts,
     )

@@ -5,8 +5,8 @@ Shapes: B batch, P prompt, R response, T = P + R, N response tokens that count, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,8 @@ class Rollout:
     """[B]"""
     ended: Tensor
     """[B] bool"""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B] by name: what the parts of a combined reward say, before they are weighted. Empty for a single reward."""
 
     @property
     def mask(self) -> Tensor:
@@ -145,16 +147,19 @@ class Rollout:
 
     def rows(self, index: Tensor) -> Rollout:
         """Some of the rows, as wide as before."""
-        return Rollout(self.sequences.rows(index), **{name: t[index] for name, t in self._tensors().items()})
+        parts = {name: scores[index] for name, scores in self.parts.items()}
+        return Rollout(
+            self.sequences.rows(index), **{name: t[index] for name, t in self._tensors().items()}, parts=parts
+        )
 
     def cut(self, first: int, length: int) -> Rollout:
         """Columns from `first` on, responses up to `length`, as in `Sequences.cut`."""
         tensors = {name: t[:, :length] if t.dim() == 2 else t for name, t in self._tensors().items()}
         tensors["activations"] = self.activations[:, first : self.sequences.prompt_length + length]
-        return Rollout(self.sequences.cut(first, length), **tensors)
+        return Rollout(self.sequences.cut(first, length), **tensors, parts=self.parts)
 
     def _tensors(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sequences", "parts")}
 
     @staticmethod
     def put_together(whole: Sequences, parts: Sequence[Rollout], order: Tensor) -> Rollout:
@@ -164,8 +169,9 @@ class Rollout:
         def column(name: str) -> Tensor:
             return torch.cat([_widen(getattr(part, name), name, part.sequences, whole) for part in parts])[back]
 
-        names = [f.name for f in fields(Rollout) if f.name != "sequences"]
-        return Rollout(whole, **{name: column(name) for name in names})
+        names = [f.name for f in fields(Rollout) if f.name not in ("sequences", "parts")]
+        by_name = {name: torch.cat([part.parts[name] for part in parts])[back] for name in parts[0].parts}
+        return Rollout(whole, **{name: column(name) for name in names}, parts=by_name)
 
 
 @dataclass(frozen=True)

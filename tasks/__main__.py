@@ -17,6 +17,7 @@ from tasks import environment
 from tasks.errors import ProximalError
 from tasks.params import load_params
 from tasks.processes import caller, is_running
+from tasks.profiles import profile_file
 from tasks.stages import STAGES, run_stage
 from tasks.workspace import Workspace
 from tasks.workspace_lock import workspace_lock
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--params", type=Path, help="parameters to use (default: params.yaml of the repository)")
+    parser.add_argument("--profile", metavar="NAME", help="lay profiles/NAME.yaml over them, before --set")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="change one parameter; may be repeated"
     )
@@ -42,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     _end_cleanly()
     try:
         with workspace_lock(workspace):
-            run_stage(args.stage, load_params(args.params or workspace.params, args.set), workspace)
+            profile = profile_file(args.profile, workspace) if args.profile else None
+            run_stage(args.stage, load_params(args.params or workspace.params, args.set, profile), workspace)
     except ProximalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -33,6 +33,7 @@ from tasks.statistics import (
     compare,
     distinct_n,
     judge_differences,
+    part_gains,
     relative_change,
     repetition,
     repetitions,
@@ -99,6 +100,7 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int, 
         "repetition_difference": repeated[1],
         "repetition_3_difference": repeated[3],
     }
+    means |= {f"reward_gain_{name}": gain for name, gain in part_gains(policy, reference).items()}
     intervals = {name: bootstrap_mean(x, resamples, seed, prompts) for name, x in means.items()}
     intervals["judge_share"] = bootstrap_share(judge, reward, resamples, seed, prompts)
     metrics = {key: bound for name, interval in intervals.items() for key, bound in bounds(name, interval).items()}

@@ -30,7 +30,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 def fingerprint(params: Params, workspace: Workspace) -> str:
     """16 hex digits over parameters, inputs and code of the ppo stage."""
-    plain, named = dump_params(params), params.ppo.reward.function
+    plain, functions = dump_params(params), params.ppo.reward.functions()
     ppo = {key: value for key, value in plain["ppo"].items() if key not in NOT_THE_COURSE}
     inputs = [
         workspace.prompts,
@@ -45,7 +45,7 @@ def fingerprint(params: Params, workspace: Workspace) -> str:
         "seed": params.seed,
         "ppo": ppo,
         "inputs": {str(path.relative_to(workspace.root)): sha256(path) for path in inputs if path.is_file()},
-        "function": named and sha256(source_file(named, workspace.own_data)),
+        "functions": {key: sha256(source_file(f, workspace.own_data, key)) for key, f in functions.items()},
         "code": {name: sha256(path) for name, path in _code_files().items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
+from tasks.preference_models import label
 
 LIMIT = 5000
 """Characters that MLflow's databases hold of a description; samples are shown as far as they fit."""
@@ -99,8 +100,8 @@ def _results(evidence: Evidence) -> str:
 
 
 def _preferences(evidence: Evidence) -> str:
-    names = {"reward": "Reward model", "judge": "Judge, which trained nothing"}
     found = evidence.metrics["reward_model"]
+    names = {role: label(role).capitalize() for role in found} | {"judge": "Judge, which trained nothing"}
     rows = [
         [
             label,

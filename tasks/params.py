@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
 from tasks.data_params import IngestParams, ValidateParams
@@ -54,12 +54,56 @@ class TargetParams(Section):
     """For how many cycles in a row."""
 
 
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+
+
+class RewardPart(Section):
+    """One of several rewards: a rule, a function, or a reward model where it says neither."""
+
+    weight: Positive = 1.0
+    """What its score, in standard deviations of human text, is multiplied by."""
+    rule: Literal["length"] | None = None
+    """`length`: the nearer a response is to `target` tokens, the better."""
+    target: Count | None = None
+    """`length` only, tokens."""
+    function: FunctionName | None = None
+    """As `ppo.reward.function`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardPart:
+        if self.rule and self.function:
+            raise ValueError("a part is a rule or a function; make two parts of it")
+        if bool(self.rule) != bool(self.target):
+            raise ValueError("`rule: length` and `target` belong together")
+        return self
+
+    @property
+    def is_model(self) -> bool:
+        return not (self.rule or self.function)
+
+
 class RewardParams(RewardConfig):
     """The reward of the algorithm, and where its scores are from."""
 
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = None
+    function: FunctionName | None = None
     """`module:function`: a Python function of prompts and responses that scores in place of the reward model. The
     module is a file in data/own, or installed."""
+    parts: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], RewardPart] = Field(default_factory=dict)
+    """Several rewards at once, by names of your own. Empty: the reward model alone, or `function`."""
+    combine: Literal["sum", "worst"] = "sum"
+    """One score from the weighted scores of the parts: their sum, or the least of them."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RewardParams:
+        if self.function and self.parts:
+            raise ValueError("`function` is the one reward, `parts` are several: make the function a part")
+        return self
+
+    def functions(self) -> dict[str, str]:
+        """Every function by the parameter that names it."""
+        named = {"ppo.reward.function": self.function}
+        named |= {f"ppo.reward.parts.{name}.function": part.function for name, part in self.parts.items()}
+        return {key: function for key, function in named.items() if function is not None}
 
 
 class PPOParams(PPOConfig):
@@ -136,38 +180,76 @@ class Params(Section):
     register_: RegisterParams = Field(default=RegisterParams(), alias="register")
 
 
-def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
+def load_params(path: Path, overrides: Sequence[str] = (), profile: Path | None = None) -> Params:
     """Read and check parameters.
 
-    `overrides` are `section.key=value` strings, the value read as YAML.
-    Raises ConfigError that lists every problem with its path in the file.
+    `profile` is a file of what differs from `path`: sections are merged, lists and sources replaced. `overrides` come
+    after it: `section.key=value` strings, the value read as YAML.
+    Raises ConfigError that lists every problem with its path in the file that it is in.
     """
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError("no such file", str(path), "name one with --params FILE") from None
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", str(path), "name a file with --params FILE") from error
-    except ValueError as error:
-        raise ConfigError(f"is not YAML: {error}", str(path), "mend the line it names") from error
-    if not isinstance(raw, dict):
-        raise ConfigError("holds no sections", str(path), "start from the params.yaml of the repository")
+    raw = _read(path, "name one with --params FILE")
+    differing = _read(profile, "see docs/profiles.md") if profile else {}
+    raw = merged(raw, differing)
     for override in overrides:
         _apply(raw, override)
-    return check_params(raw, str(path))
+    return check_params(raw, str(path), (str(profile), differing))
 
 
-def check_params(raw: dict[str, Any], where: str = "params") -> Params:
-    """Params from plain values; raises ConfigError naming every unknown or impossible key."""
+def merged(raw: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with the values of `over`, mapping by mapping. One that names a `source` is taken whole.
+
+    The file and the digest beside a source are its own: those of another would not be found in it.
+    """
+    result = dict(raw)
+    for key, value in over.items():
+        present = result.get(key)
+        if isinstance(value, Mapping) and isinstance(present, Mapping) and "source" not in value:
+            value = merged(present, value)
+        result[key] = value
+    return result
+
+
+def check_params(raw: dict[str, Any], where: str = "params", over: tuple[str, Mapping[str, Any]] = ("", {})) -> Params:
+    """Params from plain values; raises ConfigError naming every unknown or impossible key.
+
+    `over` are the name and the values of a file that was merged into them: what is wrong with these is in that file.
+    """
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_problem(where, detail) for detail in error.errors()]) from error
+        problems = [_problem(over[0] if _is_in(over[1], d["loc"]) else where, d) for d in error.errors()]
+        raise ConfigError(problems) from error
 
 
 def dump_params(params: Params) -> dict[str, Any]:
     """Plain values in the shape of `params.yaml`."""
     return params.model_dump(mode="json", by_alias=True)
+
+
+def _read(path: Path, mend: str) -> dict[str, Any]:
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", str(path), mend) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", str(path), mend) from error
+    except ValueError as error:
+        raise ConfigError(f"is not YAML: {error}", str(path), "mend the line it names") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("holds no sections", str(path), "start from the params.yaml of the repository")
+    return raw
+
+
+def _is_in(values: Mapping[str, Any], keys: Sequence[int | str]) -> bool:
+    """Whether the values say something under these keys, one within the other; what is below a list is the list's."""
+    node: Any = values
+    for key in keys:
+        if not isinstance(node, Mapping):
+            return True
+        if key not in node:
+            return False
+        node = node[key]
+    return True
 
 
 def _problem(where: str, detail: Any) -> Problem:

@@ -88,16 +88,20 @@ def scores_figure(policy: Responses, reference: Responses) -> Figure:
 def reward_model_figure(metrics: dict[str, Any]) -> Figure:
     """Held-out accuracy by rating gap, and calibration, of the reward model and the judge.
 
-    `metrics` are those of the reward_model stage: {"reward": {"by_margin", "calibration", ...}, "judge": ...}.
+    `metrics` are those of the reward_model stage: {"reward": {"by_margin", "calibration", ...}, "judge": ...}. Several
+    reward models are `reward_NAME` each, and differ in their markers.
     """
+    names = [role.removeprefix("reward_") for role in metrics if role.startswith("reward_")]
+    named = [(f"reward_{name}", f"reward model {name}", REWARD, "o^Dv<>"[i % 6]) for i, name in enumerate(names)]
+    roles = (*named, ROLES[1]) if named else ROLES
     with pages.chart(columns=2, width=9, height=3.8) as (fig, (left, right)):
         left.set(title="Accuracy by rating gap", xlabel="rating gap of the pair", ylabel="held-out accuracy")
         right.set(title="Calibration", xlabel="confidence of the model", ylabel="raters who agree")
         _level(left, 0.5, "chance")
         right.plot([0.5, 1], [0.5, 1], color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
-        gaps = sorted({(b["low"], b["high"]) for role, *_ in ROLES for b in metrics[role]["by_margin"]})
+        gaps = sorted({(b["low"], b["high"]) for role, *_ in roles for b in metrics[role]["by_margin"]})
         left.set_xticks(range(len(gaps)), [f"{low:g}–{high:g}" for low, high in gaps])
-        for shift, (role, name, colour, marker) in zip((-0.08, 0.08), ROLES, strict=True):
+        for shift, (role, name, colour, marker) in zip(np.linspace(-0.08, 0.08, len(roles)), roles, strict=True):
             style = {"color": colour, "marker": marker}
             places = [gaps.index((b["low"], b["high"])) + shift for b in metrics[role]["by_margin"]]
             _accuracies(left, places, metrics[role]["by_margin"], label=name, **style)

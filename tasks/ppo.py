@@ -25,7 +25,7 @@ from tasks.fingerprint import fingerprint
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
-from tasks.rewards import described, load_trained, new_reward
+from tasks.rewards import described, load_trained, new_reward, only
 from tasks.run_folder import Record, RunFolder
 from tasks.seals import seal
 from tasks.stages import StageResult
@@ -164,9 +164,9 @@ class PPORun:
             base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
             context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
             prompts, ptx = (f(params, workspace, tokenizer, context) for f in (training_prompts, preferred_texts))
-            reward_model = load_trained(params, workspace, base)
-            model = ActorCritic(base, params.ppo.model, reward_model, seed=params.seed)
-            reward = new_reward(params, workspace, tokenizer, model, reward_model)
+            trained = load_trained(params, workspace, base)
+            model = ActorCritic(base, params.ppo.model, only(trained), seed=params.seed)
+            reward = new_reward(params, workspace, tokenizer, model, trained)
             self.examiner = Examiner(params, workspace, reward, tokenizer)
             # Asked before any state is loaded, the policy is the reference.
             self.before = self.examiner.ask(model, "dev")

@@ -42,12 +42,23 @@ def new_reward_model(base: Any, top_layers: int) -> RewardModel:
     return RewardModel(trunk, clone(top), base.get_output_embeddings().in_features, base.config.pad_token_id or 0)
 
 
-def load_reward_model(workspace: Workspace, base: Any) -> RewardModel:
-    """The trained reward model over `base`'s trunk."""
-    facts = json.loads((workspace.reward_model / "facts.json").read_text(encoding="utf-8"))
+def load_reward_model(folder: Path, base: Any) -> RewardModel:
+    """The trained reward model in `folder` over `base`'s trunk."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     scorer = new_reward_model(base, facts["top_layers"])
-    _load(scorer, workspace.reward_model, facts)
+    _load(scorer, folder, facts)
     return scorer
+
+
+def label(role: str) -> str:
+    """What people call a model of the reward_model stage: `reward`, `judge`, or `reward_NAME` of several."""
+    kind, _, name = role.partition("_")
+    return f"reward model{f' {name}' if name else ''}" if kind == "reward" else "judge"
+
+
+def trained_names(workspace: Workspace) -> list[str]:
+    """Names of the trained reward models, each in a folder of its own; "" where there is one, which needs none."""
+    return sorted(facts.parent.name for facts in workspace.reward_model.glob("*/facts.json")) or [""]
 
 
 def is_ready_made(workspace: Workspace) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ppo_core.diagnostics import PART
 from ppo_core.law import SamplingLaw
 from ppo_core.masking import counted, masked_mean
 from ppo_core.models import ActorCritic
@@ -44,6 +45,8 @@ class Responses:
     """Tokens."""
     ended: np.ndarray
     """True where the response ended by EOS."""
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+    """What the parts of a combined reward say, by name, before they are weighted."""
 
 
 class Examiner:
@@ -82,7 +85,8 @@ class Examiner:
         columns = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
         texts = [str(t) for t in columns.pop("texts")]
         whole = [judge_text(p, f, t) for p, f, t in zip(prompts, formats, texts, strict=True)]
-        return Responses(prompts=prompts, texts=texts, judge=self.judge.score(whole), **columns)
+        scores = {name.removeprefix(PART): columns.pop(name) for name in [*columns] if name.startswith(PART)}
+        return Responses(prompts=prompts, texts=texts, judge=self.judge.score(whole), parts=scores, **columns)
 
     def _seed(self, name: str, repeat: int, row: int) -> int:
         """The first answer's seed stays what it is when more answers are asked for."""
@@ -105,5 +109,6 @@ def _figures(rollout: Rollout) -> dict[str, np.ndarray]:
         "ref_nll": masked_mean(-rollout.ref_logprobs, mask, dim=1),
         "lengths": mask.sum(dim=1),
         "ended": rollout.ended,
+        **{PART + name: scores for name, scores in rollout.parts.items()},
     }
     return {name: tensor.numpy() for name, tensor in figures.items()}

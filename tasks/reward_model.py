@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ppo_core.seeds import derive
 from tasks import preference_models as models
 from tasks.errors import ConfigError, TrainingHealthError
 from tasks.params import Params, PreferenceTraining
+from tasks.preference_models import label
 from tasks.reward_report import write_report
 from tasks.stages import StageResult
 from tasks.statistics import accuracy_interval, by_margin, expected_calibration_error, rater_ceiling
@@ -33,10 +35,12 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     """
     pairs = pd.read_parquet(workspace.pairs)
     ready_made = models.is_ready_made(workspace)
-    reward_model: RewardModel | ReadyScorer
-    reward_model, reward = (_measure_ready_made if ready_made else _train_reward_model)(params, workspace, pairs)
+    fit_or_measure = _measure_ready_made if ready_made else _train_reward_model
+    # A name of its own for each only where there are several: else what was one stays as it was.
+    names = [""] if ready_made else _names(pairs)
+    found = {name: fit_or_measure(params, workspace, pairs, name) for name in names}
     judge_model, judge = _train_judge(params, workspace, pairs)
-    metrics = {"reward": reward, "judge": judge}
+    metrics = {_role(name): figures for name, (_, figures) in found.items()} | {"judge": judge}
     write_report(metrics, workspace)
     _check(metrics, params, ready_made)  # before anything that was there is replaced
     form = (
@@ -44,17 +48,35 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         if ready_made
         else {"top_layers": params.reward_model.top_layers}
     )
-    models.save_scorer(reward_model, workspace.reward_model, {"ready_made": ready_made} | form)
+    shutil.rmtree(workspace.reward_model, ignore_errors=True)
+    for name, (scorer, _) in found.items():
+        models.save_scorer(scorer, workspace.reward_model / name, {"ready_made": ready_made} | form)
     models.save_scorer(judge_model, workspace.judge, {"max_tokens": params.reward_model.judge.max_tokens})
+    reached = ", ".join(f"{label(role)} {figures['accuracy']:.3f}" for role, figures in metrics.items())
     return StageResult(
         metrics,
         f"held-out accuracy at a rating gap of {params.reward_model.accuracy_gap:g} or more: "
-        f"{'ready-made ' if ready_made else ''}reward model {reward['accuracy']:.3f}, judge {judge['accuracy']:.3f}",
+        f"{'ready-made ' if ready_made else ''}{reached}",
     )
 
 
+def _names(pairs: pd.DataFrame) -> list[str]:
+    """The rewards that sources name, if they are several: each is a model of its own. Else ""."""
+    names = sorted(set(pairs["reward"]) - {""})
+    return names if len(names) > 1 else [""]
+
+
+def _role(name: str) -> str:
+    return f"reward_{name}" if name else "reward"
+
+
+def _of(pairs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The pairs of one of several rewards; those without a name belong to each."""
+    return pairs[pairs["reward"].isin(["", name])] if name else pairs
+
+
 def _measure_ready_made(
-    params: Params, workspace: Workspace, pairs: pd.DataFrame
+    params: Params, workspace: Workspace, pairs: pd.DataFrame, name: str
 ) -> tuple[ReadyScorer, dict[str, Any]]:
     most = params.reward_model.reward.max_tokens
     scorer, tokenizer = models.new_ready_reward(workspace, params.ppo.model.dtype)
@@ -68,9 +90,9 @@ def _measure_ready_made(
 
 
 def _train_reward_model(
-    params: Params, workspace: Workspace, pairs: pd.DataFrame
+    params: Params, workspace: Workspace, pairs: pd.DataFrame, name: str
 ) -> tuple[RewardModel, dict[str, Any]]:
-    training = params.reward_model.reward
+    training, pairs = params.reward_model.reward, _of(pairs, name)
     tokenizer = models.load_tokenizer(workspace.base_model)
     base = models.load_base(workspace, params.ppo.model.dtype)
     scorer = models.new_reward_model(base, params.reward_model.top_layers)
@@ -158,6 +180,7 @@ def _figures(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> d
     accuracy, every = accuracy_interval(correct[wide], groups[wide]), accuracy_interval(correct, groups)
     ece, bins = expected_calibration_error(1 / (1 + np.exp(-difference)), target)
     longer = np.sign(rows["chosen_tokens"].to_numpy() - rows["rejected_tokens"].to_numpy())
+    sides = {"longer": correct[longer > 0], "shorter": correct[longer < 0]}
     return {
         "accuracy": accuracy.value,
         "accuracy_low": accuracy.low,
@@ -170,6 +193,8 @@ def _figures(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> d
         "ece": ece,
         "rater_ceiling": rater_ceiling(target),
         "longer_wins": float(((longer + 1) / 2).mean()),
+        # A model that had learnt length would be right on the one side and wrong on the other.
+        **{f"accuracy_where_{side}_wins": float(right.mean()) for side, right in sides.items() if len(right)},
         "by_margin": by_margin(correct, margin, MARGIN_EDGES),
         "calibration": bins,
     }
@@ -178,12 +203,12 @@ def _figures(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> d
 def _check(metrics: dict[str, Any], params: Params, ready_made: bool) -> None:
     floor = params.reward_model.min_accuracy
     for role, figures in metrics.items():
-        mend = f"give it more pairs or more reward_model.{role}.steps"
+        mend = f"give it more pairs or more reward_model.{role.partition('_')[0]}.steps"
         if role == "reward" and ready_made:
             mend = "choose another for ingest.reward"
         if figures["accuracy"] < floor:
             raise TrainingHealthError(
-                f"the {role} model is right on {figures['accuracy']:.3f} of held-out pairs, under {floor}",
+                f"the {label(role)} is right on {figures['accuracy']:.3f} of held-out pairs, under {floor}",
                 "reward_model.min_accuracy",
                 f"{mend}; what it did is in reports/reward_model",
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks import pages
 from tasks.plots import reward_model_figure
+from tasks.preference_models import label
 from tasks.workspace import Workspace
 
 _ROWS = (
@@ -13,6 +14,8 @@ _ROWS = (
     ("held-out accuracy, all pairs", "accuracy_all"),
     ("share of rater pairs that agree with the majority (ceiling against single votes)", "rater_ceiling"),
     ("accuracy of choosing the longer text (baseline)", "longer_wins"),
+    ("held-out accuracy where the longer text wins", "accuracy_where_longer_wins"),
+    ("held-out accuracy where the shorter text wins", "accuracy_where_shorter_wins"),
     ("expected calibration error", "ece"),
 )
 _LEAD = (
@@ -25,8 +28,8 @@ def write_report(metrics: dict[str, Any], workspace: Workspace) -> None:
     """`report.html` and `report.md` in reports/reward_model."""
     folder = workspace.report("reward_model")
     folder.mkdir(parents=True, exist_ok=True)
-    headers = ["figure", "reward model", "judge"]
-    rows = [[label, *(_cell(metrics[role], key) for role in ("reward", "judge"))] for label, key in _ROWS]
+    headers = ["figure", *map(label, metrics)]
+    rows = [[said, *(_cell(figures, key) for figures in metrics.values())] for said, key in _ROWS]
     figure = pages.figure(reward_model_figure(metrics), "accuracy by rating gap, and calibration")
     (folder / "report.html").write_text(
         pages.page("Reward model and judge", _LEAD, [pages.table(headers, rows), figure]), encoding="utf-8"
@@ -36,6 +39,8 @@ def write_report(metrics: dict[str, Any], workspace: Workspace) -> None:
 
 
 def _cell(figures: dict[str, Any], key: str) -> str:
+    if key not in figures:
+        return "no such pairs"
     text = f"{figures[key]:.3f}"
     if f"{key}_low" in figures:
         n = figures["n" if key == "accuracy" else "n_all"]

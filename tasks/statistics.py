@@ -82,6 +82,11 @@ def judge_differences(policy: Responses, reference: Responses) -> np.ndarray:
     return np.where(same, 0.0, difference)
 
 
+def part_gains(policy: Responses, reference: Responses) -> dict[str, np.ndarray]:
+    """What the parts of a combined reward gained, by name, per prompt; none for a single reward."""
+    return {name: np.subtract(scores, reference.parts[name], dtype=np.float64) for name, scores in policy.parts.items()}
+
+
 def share_confirmed(judge_gain: float, reward_gain: float) -> float:
     """judge_gain / reward_gain: how much of what PPO gained on its own objective a second opinion sees.
 
@@ -170,6 +175,7 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
         "repetition_3_reference": repetition(reference.texts, n=3),
         "perplexity": float(np.exp(_mean(policy.ref_nll))),
         "perplexity_reference": float(np.exp(_mean(reference.ref_nll))),
+        **{f"reward_gain_{name}": _mean(gain) for name, gain in part_gains(policy, reference).items()},
     }
 
 

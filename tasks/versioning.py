@@ -94,14 +94,16 @@ def worktree(workspace: Workspace, params: Mapping[str, Any], name: str) -> Work
     place = Workspace(workspace.work / "worktrees" / re.sub(r"[^\w-]+", "-", name))
     _refuse_untracked_code(workspace.root)
     commit = _present(workspace.root)
+    results: dict[Path, bytes] = {}
     if (place.root / ".git").exists():
         with workspace_lock(place):
+            results = _small_results(place)
             _git(place.root, "checkout", "--force", "--detach", commit)
     else:
         _git(workspace.root, "worktree", "add", "--detach", str(place.root), commit)
     with workspace_lock(place):
         _write_params(workspace.params, place.params, params)
-        _carry_over(workspace, place)
+        _carry_over(workspace, place, results)
         _share_cache(workspace, place)
     return place
 
@@ -186,14 +188,27 @@ def _changed(raw: Any, now: Mapping[str, Any], wanted: Mapping[str, Any]) -> dic
     return result
 
 
-def _carry_over(workspace: Workspace, place: Workspace) -> None:
-    """What git may not hold but the run needs: the user's own data, and the results that tell what is up to date."""
+def _small_results(place: Workspace) -> dict[Path, bytes]:
+    """What DVC leaves to git of the last run in `place`, by path in it; nothing where no stage has run there."""
+    tracked = _git(place.root, "status", "--porcelain", "--", "dvc.lock")
+    files = (file for name in SMALL_RESULTS for file in [place.root / name, *(place.root / name).rglob("*")])
+    return {file.relative_to(place.root): file.read_bytes() for file in files if file.is_file()} if tracked else {}
+
+
+def _carry_over(workspace: Workspace, place: Workspace, results: Mapping[Path, bytes]) -> None:
+    """What git may not hold but the run needs: the user's own data, and the results that tell what is up to date.
+
+    These are `results`, of the last run in `place`, if there are any.
+    """
     _git(place.root, "clean", "--force", "-d", "-x", "--quiet", "--", str(place.own_data), *SMALL_RESULTS)
     own = str(workspace.own_data.relative_to(workspace.root))
     for path in _git(workspace.root, "ls-files", "--others", "-z", "--", own, *SMALL_RESULTS).split("\0"):
         if path:
             (place.root / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(workspace.root / path, place.root / path)
+    for file, content in results.items():
+        (place.root / file).parent.mkdir(parents=True, exist_ok=True)
+        (place.root / file).write_bytes(content)
 
 
 def _share_cache(workspace: Workspace, place: Workspace) -> None:

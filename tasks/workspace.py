@@ -28,6 +28,11 @@ class Workspace:
         return self.root / "params.yaml"
 
     @property
+    def profiles(self) -> Path:
+        """Parameters that differ from params.yaml, a file each."""
+        return self.root / "profiles"
+
+    @property
     def own_data(self) -> Path:
         """Files of the user's own; `file:` sources may not leave it."""
         return self.root / "data" / "own"
