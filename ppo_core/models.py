@@ -6,7 +6,7 @@ Shapes: B batch, T position, R response, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from ppo_core.sampling import Sampler
 from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
 from ppo_core.seeds import derive
 from ppo_core.types import Sequences
-from ppo_core.weights import SCALING
+from ppo_core.weights import SCALING, install
 
 
 class ValueHead(ReadOut):
@@ -164,8 +164,11 @@ class ActorCritic(nn.Module):
         """What, with the model it started from, makes the policy: see `weights.install`."""
         weights = {name: p.detach() for name, p in self.policy_weights().items()}
         if self.config.trainable == "lora":
-            weights[SCALING] = torch.tensor(self.config.lora.alpha / self.config.lora.rank)
+            weights[SCALING] = self._scaling()
         return weights
+
+    def _scaling(self) -> Tensor:
+        return torch.tensor(self.config.lora.alpha / self.config.lora.rank)
 
     def critic_weights(self) -> list[nn.Parameter]:
         """The critic's own parameters: its layers or adapter if it has any, and the value head."""
@@ -174,6 +177,36 @@ class ActorCritic(nn.Module):
         lora = self.config.trainable == "lora"
         own = adapter_weights(self.critic.decoder).values() if lora else self.critic.parameters()
         return [*own, *self.value_head.parameters()]
+
+    def critic_state(self) -> dict[str, Tensor]:
+        """What, with the layers it started from, makes the critic: see `load_critic`."""
+        parts: dict[str, dict[str, Any]] = {_VALUE_HEAD: dict(self.value_head.named_parameters())}
+        if self.critic is not None:
+            lora = self.config.trainable == "lora"
+            own = adapter_weights(self.critic.decoder) if lora else dict(self.critic.decoder.named_parameters())
+            parts[_CRITIC] = own | ({SCALING: self._scaling()} if lora else {})
+        return {f"{part}.{name}": t.detach() for part, tensors in parts.items() for name, t in tensors.items()}
+
+    @torch.no_grad()
+    def load_policy(self, weights: Mapping[str, Tensor]) -> None:
+        """Answer as the whole model with these weights does. Not for `lora`, whose policy is no model of its own."""
+        for name, parameter in self.policy_weights().items():
+            parameter.copy_(weights[name])
+
+    def load_critic(self, state: Mapping[str, Tensor]) -> None:
+        """Value as the critic of this `critic_state` did. Its adapter is merged: this model may have none of its own.
+
+        Raises KeyError or RuntimeError for the state of a critic that was not built like this one.
+        """
+        parts: dict[str, dict[str, Tensor]] = {_VALUE_HEAD: {}, _CRITIC: {}}
+        for name, tensor in state.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        if bool(parts[_CRITIC]) != (self.critic is not None):
+            raise KeyError("the layers of a separate critic" if self.critic else "no layers: the critic is shared")
+        if self.critic is not None:
+            install(self.critic.decoder, parts[_CRITIC])
+        self.value_head.load_state_dict(parts[_VALUE_HEAD])
 
     @torch.no_grad()
     def activations(self, sequences: Sequences) -> Tensor:
@@ -219,6 +252,8 @@ class ActorCritic(nn.Module):
 
 
 _CRITIC_START = "ppo.model.critic_start"
+_VALUE_HEAD, _CRITIC = "value_head", "critic"
+"""What the names in a `critic_state` begin with."""
 
 
 def _before_responses(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:

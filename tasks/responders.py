@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
 from ppo_core.decoder import load_causal_lm
 from ppo_core.models import ActorCritic
 from ppo_core.precision import arithmetic
@@ -34,15 +30,10 @@ class Responders:
 
     def reference(self, split: str) -> Responses:
         """The model before training: the policy as it starts."""
-        self._become(self.start)
+        self.model.load_policy(self.start)
         return self.examiner.ask(self.model, split)
 
     def policy(self, split: str) -> Responses:
         """The aligned policy in models/policy."""
-        self._become(load_causal_lm(self.workspace.policy, arithmetic(self.dtype)).state_dict())
+        self.model.load_policy(load_causal_lm(self.workspace.policy, arithmetic(self.dtype)).state_dict())
         return self.examiner.ask(self.model, split)
-
-    @torch.no_grad()
-    def _become(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.model.policy_weights().items():
-            parameter.copy_(weights[name])

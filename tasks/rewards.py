@@ -6,6 +6,7 @@ keep their unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,16 +41,23 @@ def described(params: Params, workspace: Workspace) -> str:
 
 
 def new_reward(
-    params: Params, workspace: Workspace, tokenizer: Any, model: ActorCritic, trained: RewardModel | None
+    params: Params,
+    workspace: Workspace,
+    tokenizer: Any,
+    model: ActorCritic,
+    trained: RewardModel | None,
+    others: Sequence[tuple[str, str]] = (),
 ) -> RewardFunction:
     """The reward that `params` name; `trained` is what `load_trained` gave, `tokenizer` the policy's.
+
+    `others` are prompts, with their formats, that may be asked beside those of the data.
 
     Raises ConfigError for a function that is not there or fails.
     """
     if trained is not None:
         return ModelReward(trained, model)
     prompts = pd.read_parquet(workspace.prompts)
-    columns = list(zip(prompts["prompt"], prompts["format"], strict=True))
+    columns = [*zip(prompts["prompt"], prompts["format"], strict=True), *others]
     # Functions are given prompts as the data has them, and not what the policy's tokens would read like.
     known = {tuple(encode_prompt(tokenizer, prompt, form)): prompt for prompt, form in columns}
     return FunctionReward(
