@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
+from ppo_core.config import Count, Fraction, Natural, Positive, PPOConfig, RewardConfig, Section
 from tasks.data_params import IngestParams, ValidateParams
 from tasks.errors import ConfigError, Problem
 from tasks.strict_yaml import parse_yaml
@@ -81,6 +81,8 @@ class EvaluateParams(Section):
     """Resamples behind each 95 % interval."""
     samples: Count = 12
     """Pairs of responses shown in the report."""
+    inspect: Natural = 3
+    """Test prompts that the report shows completions of, token by token. 0: none."""
 
 
 class GateParams(Section):
