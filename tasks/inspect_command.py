@@ -1,4 +1,4 @@
-"""`python -m tasks inspect`: a page on which completions are looked at token by token. Reads what the ppo stage left."""
+"""`python -m tasks inspect`: a page on which completions are looked at token by token. It needs what ppo left."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PROMPTS = 3
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
-        "Sample several completions of a prompt from the aligned policy, and draw what PPO sees in them: value, reward, "
-        "advantage and KL of every token."
+        "Sample several completions of a prompt from the aligned policy, and draw what PPO sees in them: value, "
+        "reward, advantage and KL of every token."
     )
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT",
@@ -58,7 +58,7 @@ def command(args: argparse.Namespace, workspace: Workspace) -> int:
     """Write the page and print where it is."""
     params = load_params(args.params or workspace.params, args.set)
     check_inputs("evaluate", workspace)
-    with machine_errors("inspect", workspace):
+    with machine_errors("evaluate", workspace):  # whose inputs these are
         prompts = _prompts(args, params, workspace)
         inspected = inspection.inspect(params, workspace, prompts, args.completions, args.cycle)
     out: Path = args.out or workspace.report("inspect") / "inspect.html"
