@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from tasks import inspection, inspector
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, DataError
 from tasks.inspection import COMPLETIONS, Prompt
 from tasks.params import Params, load_params
 from tasks.seals import check_inputs
@@ -57,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace, workspace: Workspace) -> int:
     """Write the page and print where it is."""
     params = load_params(args.params or workspace.params, args.set)
+    if not workspace.policy.is_dir():
+        raise DataError("is missing", "models/policy", "train one first: `make align`, or `dvc repro ppo`")
     check_inputs("evaluate", workspace)
     with machine_errors("evaluate", workspace):  # whose inputs these are
         prompts = _prompts(args, params, workspace)
@@ -83,13 +86,12 @@ def _prompts(args: argparse.Namespace, params: Params, workspace: Workspace) -> 
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 0:
-        raise ValueError("rows are counted from 0")
-    return numbers
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of rows such as 0,5,9")
+    return [int(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError("at least one")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)

@@ -44,7 +44,9 @@ class _Scales:
     def over(cls, completions: Sequence[Completion]) -> _Scales:
         tokens = [token for completion in completions for token in completion.tokens]
         colours = {lens: Diverging.over([getattr(token, lens) for token in tokens]) for lens in LENSES}
-        colours["score"] = Diverging.over([completion.score for completion in completions])
+        # What is expected and what came of it are compared, so they share a scale.
+        outcomes = [*(token.value for token in tokens), *(completion.score for completion in completions)]
+        colours["value"] = colours["score"] = Diverging.over(outcomes)
         heights = [0.0, *(token.value for token in tokens), *(c.tokens[-1].reward for c in completions if c.tokens)]
         return cls(colours, min(heights), max(heights))
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_core.tokens import encode_prompt
 from tasks import inspect_command, inspection
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, DataError
 from tasks.inspection import Completion, Inspection, Prompt
 from tasks.params import Params, load_params
 from tasks.preference_models import load_tokenizer
@@ -187,5 +187,9 @@ def test_the_command_writes_a_page(trained: Workspace, tmp_path: Path, capsys: p
     assert page.index(rows[3].text) < page.index(rows[0].text)
     with pytest.raises(ConfigError, match="--rows — no row 99 — dev has rows 0 to 7"):
         inspect_command.command(parser.parse_args(["--rows", "99", *asked]), trained)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--completions", "0"])
+    for wrong in (["--completions", "0"], ["--rows", "1,x"], ["--rows", "-1"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+    assert "'1,x' is no list of rows such as 0,5,9" in capsys.readouterr().err
+    with pytest.raises(DataError, match="models/policy — is missing — train one first"):
+        inspect_command.command(parser.parse_args(["--params", str(trained.params)]), Workspace(tmp_path))
