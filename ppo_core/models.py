@@ -6,7 +6,7 @@ Shapes: B batch, T position, R response, N response tokens that count, D width, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,13 @@ from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig, SamplingConfig
 from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, prepared, same_weights, share, split
 from ppo_core.errors import ConfigError
+from ppo_core.features import Features, in_place, law_of_tokens
 from ppo_core.law import SamplingLaw
-from ppo_core.logprobs import logprobs_and_entropy
 from ppo_core.sampling import Sampler
 from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
 from ppo_core.seeds import derive
-from ppo_core.types import ResponseTokens, Sequences
-from ppo_core.weights import SCALING
-
-CHUNK = 256
-"""Tokens whose logits are computed at once: many enough for fast products, few enough that any vocabulary fits."""
+from ppo_core.types import Sequences
+from ppo_core.weights import SCALING, install
 
 
 class ValueHead(ReadOut):
@@ -38,31 +35,6 @@ class ValueHead(ReadOut):
         """Predict, before every token, the normalised score that the reward model gives to the text so far."""
         self.linear.weight.copy_(head.linear.weight / head.std)
         self.linear.bias.copy_((head.linear.bias - head.mean) / head.std)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the networks make of the positions that predict and value the response tokens, row after row."""
-
-    policy: Tensor
-    """[N, D]"""
-    critic: Tensor
-    """[N, D]; the very same tensor where the critic is shared."""
-
-    def part(self, rows: slice) -> Features:
-        return Features(self.policy[rows], self.critic[rows])
-
-    def detached(self) -> Features:
-        """Leaves of a graph of their own, which collect the gradient of what is made from them."""
-        policy = self.policy.detach().requires_grad_()
-        shared = self.critic is self.policy
-        return Features(policy, policy if shared else self.critic.detach().requires_grad_())
-
-    def backward(self, leaves: Features) -> None:
-        """Go on where the backward passes of `leaves` ended."""
-        pairs = [(self.policy, leaves.policy)] + ([] if self.critic is self.policy else [(self.critic, leaves.critic)])
-        ends, grads = zip(*((end, leaf.grad) for end, leaf in pairs if leaf.grad is not None), strict=True)
-        torch.autograd.backward(ends, grads)
 
 
 @dataclass(frozen=True)
@@ -192,8 +164,11 @@ class ActorCritic(nn.Module):
         """What, with the model it started from, makes the policy: see `weights.install`."""
         weights = {name: p.detach() for name, p in self.policy_weights().items()}
         if self.config.trainable == "lora":
-            weights[SCALING] = torch.tensor(self.config.lora.alpha / self.config.lora.rank)
+            weights[SCALING] = self._scaling()
         return weights
+
+    def _scaling(self) -> Tensor:
+        return torch.tensor(self.config.lora.alpha / self.config.lora.rank)
 
     def critic_weights(self) -> list[nn.Parameter]:
         """The critic's own parameters: its layers or adapter if it has any, and the value head."""
@@ -202,6 +177,36 @@ class ActorCritic(nn.Module):
         lora = self.config.trainable == "lora"
         own = adapter_weights(self.critic.decoder).values() if lora else self.critic.parameters()
         return [*own, *self.value_head.parameters()]
+
+    def critic_state(self) -> dict[str, Tensor]:
+        """What, with the layers it started from, makes the critic: see `load_critic`."""
+        parts: dict[str, dict[str, Any]] = {_VALUE_HEAD: dict(self.value_head.named_parameters())}
+        if self.critic is not None:
+            lora = self.config.trainable == "lora"
+            own = adapter_weights(self.critic.decoder) if lora else dict(self.critic.decoder.named_parameters())
+            parts[_CRITIC] = own | ({SCALING: self._scaling()} if lora else {})
+        return {f"{part}.{name}": t.detach() for part, tensors in parts.items() for name, t in tensors.items()}
+
+    @torch.no_grad()
+    def load_policy(self, weights: Mapping[str, Tensor]) -> None:
+        """Answer as the whole model with these weights does. Not for `lora`, whose policy is no model of its own."""
+        for name, parameter in self.policy_weights().items():
+            parameter.copy_(weights[name])
+
+    def load_critic(self, state: Mapping[str, Tensor]) -> None:
+        """Value as the critic of this `critic_state` did. Its adapter is merged: this model may have none of its own.
+
+        Raises KeyError or RuntimeError for the state of a critic that was not built like this one.
+        """
+        parts: dict[str, dict[str, Tensor]] = {_VALUE_HEAD: {}, _CRITIC: {}}
+        for name, tensor in state.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        if bool(parts[_CRITIC]) != (self.critic is not None):
+            raise KeyError("the layers of a separate critic" if self.critic else "no layers: the critic is shared")
+        if self.critic is not None:
+            install(self.critic.decoder, parts[_CRITIC])
+        self.value_head.load_state_dict(parts[_VALUE_HEAD])
 
     @torch.no_grad()
     def activations(self, sequences: Sequences) -> Tensor:
@@ -259,36 +264,14 @@ class ActorCritic(nn.Module):
 
 
 _CRITIC_START = "ppo.model.critic_start"
+_VALUE_HEAD, _CRITIC = "value_head", "critic"
+"""What the names in a `critic_state` begin with."""
 
 
 def _before_tokens(stack: Stack, activations: Tensor, sequences: Sequences) -> Tensor:
     """Hidden states [N, D] of the positions before the response tokens that count."""
     hidden: Tensor = stack(activations, sequences.attention)
     return hidden[:, sequences.prompt_length - 1 : -1][sequences.mask]
-
-
-def law_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [N] of each token from the hidden states [N, D] that predict it.
-
-    Without a gradient, the logits of a chunk at a time are all that is held.
-    """
-    parts = [
-        logprobs_and_entropy(law.restricted(head(hidden[rows]), part), part.ids, law.temperature)
-        for rows in chunks(len(tokens))
-        for part in [tokens.part(rows)]
-    ]
-    logprobs, entropy = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
-
-
-def chunks(n: int) -> list[slice]:
-    """Slices of `CHUNK` tokens; one, of nothing, if there are none."""
-    return [slice(start, start + CHUNK) for start in range(0, max(n, 1), CHUNK)]
-
-
-def in_place(found: Tensor, mask: Tensor) -> Tensor:
-    """[N] numbers of the tokens that count as [B, R], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_core.advantages import gae
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import describe
+from ppo_core.experience import estimate, token_rewards
 from ppo_core.health import Health, refuse_non_finite
 from ppo_core.kl import AdaptiveKL, FixedKL, KLController
 from ppo_core.law import SamplingLaw
-from ppo_core.masking import masked_whiten
 from ppo_core.models import ActorCritic
-from ppo_core.rewards import RunningMoments, penalise, shape_rewards
+from ppo_core.rewards import RunningMoments
 from ppo_core.rollout import RewardFunction, score_all
 from ppo_core.sampling import sample
 from ppo_core.seeds import derive, generator
@@ -92,20 +91,9 @@ class Trainer:
         return self.score(self.sample())
 
     def estimate(self, rollout: Rollout) -> Experience:
-        """Per-token rewards and their generalised advantages; whitening leaves the returns alone."""
-        reward, advantage, mask = self.config.reward, self.config.advantages, rollout.mask
-        scores = self.moments.normalise(rollout.scores) if reward.normalise else rollout.scores
-        scores = penalise(scores, mask.sum(dim=1), rollout.ended, reward, self.config.sampling.max_new_tokens)
-        kl_coef = self.kl.coef if reward.kl_in == "reward" else 0.0
-        rewards = shape_rewards(
-            scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef, reward.kl_estimator, reward.score_clip
-        )
-        if reward.whiten:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, rollout.values, mask, advantage.gamma, advantage.lam)
-        if advantage.whiten:
-            advantages = masked_whiten(advantages, mask)
-        return Experience(rollout, advantages, returns)
+        """Per-token rewards and their generalised advantages."""
+        rewards = token_rewards(rollout, self.config, self.kl.coef, self.moments)
+        return estimate(rollout, rewards, self.config.advantages)
 
     def next_prompts(self) -> list[list[int]]:
         """The prompts of this iteration: a window that slides over one permutation after another."""

@@ -12,11 +12,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import add_up, mean_of
 from ppo_core.errors import TrainingHealthError
+from ppo_core.features import Features, chunks
 from ppo_core.health import named_responses
 from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.losses import denominators, kl_loss, mean_loss, policy_loss, ppo_objective, value_loss
-from ppo_core.models import ActorCritic, Features, chunks
+from ppo_core.models import ActorCritic
 from ppo_core.precision import MasterWeights
 from ppo_core.schedules import learning_rate_factor
 from ppo_core.scorers import pad_right

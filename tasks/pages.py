@@ -55,9 +55,12 @@ _CHART_STYLE = {
 Tone = Literal["good", "bad", "warn", "plain"]
 
 
-def page(title: str, lead: str, blocks: Sequence[str]) -> str:
-    """The whole HTML document. Put the `verdict` first: it is what a reader came for."""
-    return str(_PAGE.format(title=title, lead=lead, style=Markup(_STYLE), body=Markup("\n").join(blocks)))
+def page(title: str, lead: str, blocks: Sequence[str], style: str = "") -> str:
+    """The whole HTML document. Put the `verdict` first: it is what a reader came for.
+
+    `style` is CSS, beyond the house's, that blocks of another module need.
+    """
+    return str(_PAGE.format(title=title, lead=lead, style=Markup(_STYLE + style), body=Markup("\n").join(blocks)))
 
 
 def verdict(ok: bool, text: str) -> Markup:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ppo_core.config import Count, Fraction, Positive, PPOConfig, RewardConfig, Section
+from ppo_core.config import Count, Fraction, Natural, Positive, PPOConfig, RewardConfig, Section
 from tasks.data_params import IngestParams, ValidateParams
 from tasks.errors import ConfigError, Problem
 from tasks.strict_yaml import parse_yaml
@@ -127,6 +127,8 @@ class EvaluateParams(Section):
     """Pairs of responses shown in the report."""
     seeds: Count = 1
     """Answers of each model to each prompt; several make the intervals narrower, and take so many times as long."""
+    inspect: Natural = 3
+    """Test prompts that the report shows completions of, token by token. 0: none."""
 
 
 class GateParams(Section):

@@ -20,13 +20,14 @@ from ppo_core.diagnostics import over_cycle
 from ppo_core.models import ActorCritic
 from ppo_core.trainer import Trainer
 from ppo_core.weights import install
+from tasks.critic import write_critic
 from tasks.errors import TrainingHealthError
 from tasks.fingerprint import fingerprint
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.responses import Examiner
 from tasks.rewards import described, load_trained, new_reward, only
-from tasks.run_folder import Record, RunFolder
+from tasks.run_folder import Record, RunFolder, Weights
 from tasks.seals import seal
 from tasks.stages import StageResult
 from tasks.statistics import compare
@@ -104,7 +105,7 @@ class PPORun:
     def next_cycle(self) -> Record:
         """Train for one cycle, ask the dev prompts, checkpoint, record."""
         trainer, cycle = self._ready(), len(self.records) + 1
-        self.folder.check_room(trainer.state(), trainer.model.trained_weights())
+        self.folder.check_room(trainer.state(), _weights(trainer))
         started = time.perf_counter()
         steps = tqdm(range(self.params.ppo.iterations), desc=f"cycle {cycle}", unit="iteration", disable=None)
         stats = over_cycle([trainer.step() for _ in steps])
@@ -116,7 +117,7 @@ class PPORun:
             record[f"{'time' if name.endswith(('_s', '_per_second')) else 'train'}/{name}"] = value
         record |= {"time/train_s": trained - started, "time/dev_s": time.perf_counter() - trained}
         _refuse_non_finite(record)
-        self.folder.save(record, trainer.state(), trainer.model.trained_weights(), self.params.ppo.keep_states)
+        self.folder.save(record, trainer.state(), _weights(trainer), self.params.ppo.keep_states)
         self.records.append(record)
         self.tracker.log_cycle(record, self.folder.weights(cycle))
         log.info(
@@ -139,6 +140,7 @@ class PPORun:
             )
         result = within[-1]
         self._write_policy(self.folder.weights(result["cycle"]))
+        write_critic(self.workspace, self.folder, result["cycle"])
         self._write_curves(records)
         figures = {name.removeprefix("dev/"): v for name, v in result.items() if name.startswith("dev/")}
         metrics = {
@@ -205,6 +207,10 @@ class PPORun:
         rows[columns].rename(columns=lambda name: name.removeprefix("dev/")).to_csv(
             self.workspace.cycles_csv, index=False
         )
+
+
+def _weights(trainer: Trainer) -> Weights:
+    return trainer.model.trained_weights(), trainer.model.critic_state()
 
 
 def _refuse_non_finite(record: Record) -> None:

@@ -76,7 +76,7 @@ class Responders:
     def responses(self, subject: str, prompts: str) -> Responses:
         subject = self._asked[subject]
         if (subject, prompts) not in self._answers:
-            self._become(subject)
+            self.model.load_policy(self._weights[subject])
             self._answers[subject, prompts] = self._ask(prompts)
         return self._answers[subject, prompts]
 
@@ -101,7 +101,7 @@ class Responders:
             sequences = _sequences([tokens[i] for i in batch], self.tokenizer.pad_token_id)
             activations = self.model.activations(sequences)
             for subject in self._weights:
-                self._become(subject)
+                self.model.load_policy(self._weights[subject])
                 rows = self.model.language_model_logprobs(sequences, activations).numpy()
                 for i, row, counts in zip(batch, rows, sequences.mask.numpy(), strict=True):
                     found[subject][i] = row[counts].astype(np.float64)
@@ -118,11 +118,6 @@ class Responders:
                 "shorten it, or leave it out of ingest.probes",
             )
         return prompt, continuation
-
-    @torch.no_grad()
-    def _become(self, subject: str) -> None:
-        for name, parameter in self.model.policy_weights().items():
-            parameter.copy_(self._weights[subject][name])
 
     def _further_prompts(self) -> list[tuple[str, str]]:
         """Prompts beyond those of the data, and their formats."""

@@ -1,8 +1,8 @@
 """What a training keeps on disk, in `work/ppo/<fingerprint>/` of the main checkout.
 
-`cycle_NNN` holds the policy's trained weights and the cycle's record; all are kept. `state_NNN` holds what training
-goes on from (masters, optimiser, counters); the last `ppo.keep_states` are kept. A cycle is finished when its folder is
-there; what was finished is never written again.
+`cycle_NNN` holds the trained weights of policy and critic, the trainer's counters and the cycle's record; all are
+kept. `state_NNN` holds what training goes on from (masters, optimiser, counters); the last `ppo.keep_states` are kept.
+A cycle is finished when its folder is there; what was finished is never written again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ Record = dict[str, Any]
 """One finished cycle: `cycle`, `dev/...` on the dev prompts, `train/...` mean diagnostics, `time/...` seconds."""
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Of a trainer: tensors, and plain values for JSON."""
+Weights = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Trained weights of policy and critic."""
 
-WEIGHTS = "policy.safetensors"
+WEIGHTS, CRITIC, COUNTERS = "policy.safetensors", "critic.safetensors", "counters.json"
 GO_ON = "PROXIMAL_ACCEPT_ENVIRONMENT"
 
 
@@ -51,6 +53,14 @@ class RunFolder:
     def weights(self, cycle: int) -> Path:
         """The policy's trained weights after `cycle`."""
         return self._cycle(cycle) / WEIGHTS
+
+    def critic(self, cycle: int) -> tuple[Path, Path]:
+        """The critic's trained weights after `cycle`, and the trainer's counters, the KL coefficient among them."""
+        return self._cycle(cycle) / CRITIC, self._cycle(cycle) / COUNTERS
+
+    def verify(self, cycle: int) -> None:
+        """Raise IntegrityError unless `cycle` was finished and its files are those that were written."""
+        verify_checkpoint(self._cycle(cycle))
 
     def finished(self) -> list[Record]:
         """Records of the finished cycles, their files verified."""
@@ -77,21 +87,22 @@ class RunFolder:
             raise IntegrityError(str(error), str(self.path), mend) from error
         return load_tensors(state / "tensors.safetensors"), load_plain(state / "plain.json")
 
-    def check_room(self, state: State, weights: Mapping[str, Tensor]) -> None:
+    def check_room(self, state: State, weights: Weights) -> None:
         """Raise ResourceError where the next cycle could not be saved: better before its training than after."""
         tensors = state[0]
         # Before its first step the optimiser has no moments yet: two for every master will come.
         to_come = 0 if any(name.startswith("adam.") for name in tensors) else 2
-        with needs_room(self.path, size_of(*[tensors] * (1 + to_come), weights)):
+        with needs_room(self.path, size_of(*[tensors] * (1 + to_come), *weights)):
             pass
 
-    def save(self, record: Record, state: State, weights: Mapping[str, Tensor], keep_states: int) -> None:
+    def save(self, record: Record, state: State, weights: Weights, keep_states: int) -> None:
         """Finish a cycle: its state, then what makes it count. Only then do older states go."""
         cycle, (tensors, plain) = record["cycle"], state
         place = self._state(cycle)
         shutil.rmtree(place, ignore_errors=True)  # a process killed between the two writes left it without its cycle
         save_checkpoint(place, {"tensors.safetensors": tensors}, {"plain.json": plain})
-        save_checkpoint(self._cycle(cycle), {WEIGHTS: weights}, {"record.json": record})
+        policy, critic = weights
+        save_checkpoint(self._cycle(cycle), {WEIGHTS: policy, CRITIC: critic}, {"record.json": record, COUNTERS: plain})
         self.tidy(cycle, keep_states)
 
     def tidy(self, cycle: int, keep_states: int) -> None:

@@ -22,7 +22,7 @@ def seal(folder: Path) -> None:
 
 
 def check_inputs(stage: str, workspace: Workspace) -> None:
-    """Compare what ingest wrote, and the policy that ppo wrote, with their seals, before `stage` reads it.
+    """Compare what ingest wrote, and policy and critic that ppo wrote, with their seals, before `stage` reads it.
 
     Raises IntegrityError naming every file that is another, with both digests. Folders without a seal were made by hand
     and are taken as they are.
@@ -34,6 +34,8 @@ def check_inputs(stage: str, workspace: Workspace) -> None:
         folders.append(workspace.probes)
     if stage in ("evaluate", "register"):
         folders.append(workspace.policy)
+    if stage == "evaluate":
+        folders.append(workspace.critic)
     problems = [problem for folder in folders if (folder / SEAL).is_file() for problem in _changes(folder, workspace)]
     if problems:
         raise IntegrityError(problems)

@@ -87,6 +87,11 @@ class Workspace:
         return self.root / "models" / "policy"
 
     @property
+    def critic(self) -> Path:
+        """The value function that was trained beside that policy, for the inspector."""
+        return self.root / "models" / "critic"
+
+    @property
     def cycles_csv(self) -> Path:
         """One row a cycle, for `dvc plots`."""
         return self.root / "plots" / "cycles.csv"

@@ -23,7 +23,7 @@ def course(workspace: Workspace) -> dict[str, Any]:
     for path in sorted(workspace.runs.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST, "lock"):
             found[str(path.relative_to(workspace.runs))] = _content(path)
-    for path in sorted(workspace.policy.rglob("*")):
+    for path in sorted([*workspace.policy.rglob("*"), *workspace.critic.rglob("*")]):
         found[str(path.relative_to(workspace.root))] = sha256(path)
     found["cycles.csv"] = workspace.cycles_csv.read_text()
     found["metrics"] = json.loads(workspace.metrics("ppo").read_text()) | {"mlflow_run_id": None}

@@ -86,6 +86,8 @@ POINTS = {
     # the end of the stage
     "policy written beside": Point("before", "pathlib:Path.rename", "tasks.ppo:PPORun._write_policy"),
     "policy in place": Point("after", "pathlib:Path.rename", "tasks.ppo:PPORun._write_policy"),
+    "critic written beside": Point("before", "pathlib:Path.rename", "tasks.critic:write_critic"),
+    "critic in place": Point("after", "pathlib:Path.rename", "tasks.critic:write_critic"),
     "result recorded": Point("after", "tasks.tracking:Tracker.log_stage"),
     "metrics written": Point("after", "tasks.stages:write_metrics"),
     # registration

@@ -14,6 +14,7 @@ from ppo_core.models import ActorCritic
 from ppo_core.rollout import ModelReward
 from ppo_core.scorers import RewardModel, score_texts
 from ppo_core.types import Sequences
+from ppo_core.weights import install
 
 KINDS = ("top_layers", "lora", "full")
 
@@ -82,6 +83,29 @@ def test_training_a_separate_critic_moves_it_and_not_the_reward_model(trainable:
     assert (digest(scorer), digest(scorer.trunk), digest(base)) == frozen
     policy = {p.data_ptr() for p in t.model.policy_weights().values()}
     assert not policy & {p.data_ptr() for p in t.model.critic_weights()}
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("trainable", KINDS)
+def test_a_critic_put_back_values_as_it_did(trainable: str, critic: str):
+    base = tiny_model("Llama")
+    scorer = reward_model(base)
+    model = ActorCritic(base, settings(trainable, "reward_model", critic), scorer)
+    sequences = draw(model, PROMPTS).sequences
+    untrained = values(model, sequences)
+    perturb([*model.policy_weights().values(), *model.critic_weights()])
+    expected = values(model, sequences)
+    assert (expected - untrained)[sequences.mask].abs().min() > 1e-4
+    merged = tiny_model("Llama")
+    install(merged, model.trained_weights())
+    form = "top_layers" if trainable == "top_layers" else "full"  # an adapter is merged
+    again = ActorCritic(base, settings(form, "reward_model", critic), scorer)
+    again.load_policy(merged.state_dict())
+    again.load_critic(model.critic_state())
+    torch.testing.assert_close(values(again, sequences), expected, atol=1e-5, rtol=1e-4)
+    other = ActorCritic(base, settings(form, "reward_model", "separate" if critic == "shared" else "shared"), scorer)
+    with pytest.raises(KeyError, match="critic"):
+        other.load_critic(model.critic_state())
 
 
 @pytest.mark.parametrize("trainable", KINDS)

@@ -50,6 +50,7 @@ CHAINS = {
         "renamed:1",
         "saved:1",
         "tensors written:2",
+        "tensors written:3",  # the critic's
         "all synced:2",
         "renamed:2",  # the cycle is there
         "old state half removed:1",
@@ -62,7 +63,14 @@ CHAINS = {
         "figures recorded:1",
         "cycle recorded:2",
     ),
-    "at the end": ("policy written beside:1", "policy in place:1", "result recorded:1", "metrics written:1"),
+    "at the end": (
+        "policy written beside:1",
+        "policy in place:1",
+        "critic written beside:1",
+        "critic in place:1",
+        "result recorded:1",
+        "metrics written:1",
+    ),
 }
 """Deaths that one training suffers, one after another, before it is left alone: where, and which time it is there.
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from ppo_core.checkpoint import MANIFEST
 from tasks import ppo
-from tasks.errors import ConfigError, IntegrityError, ResumeMismatch, TrainingHealthError
+from tasks.critic import load_critic
+from tasks.errors import ConfigError, DataError, IntegrityError, ResumeMismatch, TrainingHealthError
 from tasks.params import Params, TargetParams, load_params
-from tasks.run_folder import GO_ON
+from tasks.run_folder import CRITIC, GO_ON, RunFolder
+from tasks.seals import check_inputs
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
@@ -159,6 +161,31 @@ def test_prompt_and_response_must_fit_the_context(workspace: Workspace, params: 
         ppo.open_run(with_ppo(params, sampling=sampling), workspace) as run,
     ):
         run.next_cycle()
+
+
+def test_the_critic_of_the_result_lies_beside_its_policy(workspace: Workspace, params: Params):
+    metrics = ppo.run(params, workspace).metrics
+    cycle_2 = (workspace.critic / CRITIC).read_bytes()
+    fewer = with_ppo(params, cycles=1)
+    ppo.run(fewer, workspace)  # trains nothing, the result is another
+    found = load_critic(workspace)
+    folder = RunFolder(workspace.runs / metrics["fingerprint"])
+    assert (workspace.critic / CRITIC).read_bytes() == folder.critic(1)[0].read_bytes() != cycle_2
+    assert (found.cycle, found.kl_coef) == (1, params.ppo.reward.kl_coef)
+    check_inputs("evaluate", workspace)
+    # Killed between the two: the policy is that of one cycle, the critic that of another.
+    with ppo.open_run(params, workspace) as run:
+        run._write_policy(run.folder.weights(2))
+    with pytest.raises(IntegrityError, match=r"models/critic — belongs to another policy.*run the ppo stage again"):
+        load_critic(workspace)
+    ppo.run(params, workspace)
+    assert load_critic(workspace).cycle == 2
+    (workspace.critic / CRITIC).write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"models/critic/critic\.safetensors"):
+        check_inputs("evaluate", workspace)
+    shutil.rmtree(workspace.critic)
+    with pytest.raises(DataError, match=r"models/critic — is missing.*run the ppo stage again"):
+        load_critic(workspace)
 
 
 @pytest.mark.parametrize("trainable", ["full", "top_layers"])

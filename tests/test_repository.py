@@ -26,7 +26,7 @@ OUTPUTS = {
     "ingest": [HERE.canonical, HERE.probes, HERE.base_model, HERE.judge_base, HERE.reward_base],
     "validate": [HERE.report("validate")],
     "reward_model": [HERE.reward_model, HERE.judge, HERE.report("reward_model")],
-    "ppo": [HERE.policy, HERE.cycles_csv],
+    "ppo": [HERE.critic, HERE.policy, HERE.cycles_csv],
     "evaluate": [HERE.report("evaluate"), HERE.samples],
     "register": [],
 }
