@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tasks import model_card, registry
+from tasks import comparison, model_card, registry, trail
 from tasks.errors import DataError
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
@@ -31,8 +31,6 @@ from tasks.workspace_lock import in_turn
 
 EVIDENCE = ("validate", "reward_model", "evaluate")
 """Stages whose figures and reports are recorded with the run here; ppo has recorded its own."""
-FIGURES = ("judge_win_rate", "reward_gain", "judge_gain", "judge_share", "kl")
-"""Go into the version's tags, so that versions can be compared in the registry's list."""
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """metrics/STAGE.json by stage."""
@@ -82,9 +80,11 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         with in_turn(workspace.registry_lock):  # the newest version is the one named last, and it is the one verified
             version = _registered(tracker, params, workspace, metrics, breaches)
             registry.verify_version(tracker.client, version, workspace.policy)
-            card = _card(tracker, workspace, metrics, rules, breaches, version)
-            tracker.client.update_model_version(name, version.version, description=card)
-            if not breaches:
+            evidence = _evidence(tracker, workspace, metrics, rules, breaches, version)
+            tracker.client.update_model_version(name, version.version, description=model_card.write(evidence))
+            for key, value in comparison.tags(metrics["evaluate"], evidence.champion).items():
+                tracker.client.set_model_version_tag(name, version.version, key, value)
+            if not breaches and not evidence.decisions:  # a person has the last word
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
     return StageResult(
         {
@@ -94,7 +94,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             "gate": _verdict(breaches),
             "breached": [breach.rule for breach in breaches],
         },
-        _summary(f"{name} version {version.version}", breaches),
+        _summary(f"{name} version {version.version}", breaches, evidence.decisions),
     )
 
 
@@ -113,39 +113,45 @@ def _registered(
 ) -> ModelVersion:
     """The version of this run that holds this policy and this evidence: the one that is there, else a new one."""
     client, name, evaluation = tracker.client, params.register_.model_name, metrics["evaluate"]
-    policy = _digest(registry.digests(workspace.policy))
+    policy = registry.combined(registry.digests(workspace.policy))
     evidence = _digest([evaluation, params.register_.gate.model_dump(mode="json")])
-    identity = {"run_id": tracker.run_id, "policy.sha256": policy, "evidence.sha256": evidence}
+    identity = {"run_id": tracker.run_id, registry.POLICY: policy, "evidence.sha256": evidence}
     if (version := registry.find_version(client, name, identity)) is not None:
         return version
     artifacts, cycle = {"checkpoint": workspace.policy}, int(metrics["ppo"]["result_cycle"])
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
     verdict = {"gate": _verdict(breaches), "breached": ", ".join(breach.rule for breach in breaches) or "none"}
-    figures = {key: f"{evaluation[key]:.4g}" for key in FIGURES if isinstance(evaluation.get(key), int | float)}
+    figures = {
+        key: f"{evaluation[key]:.4g}" for key in comparison.FIGURES if isinstance(evaluation.get(key), int | float)
+    }
     tags = identity | _lineage(tracker, workspace) | verdict | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
 
 
-def _card(
+def _evidence(
     tracker: Tracker,
     workspace: Workspace,
     metrics: Metrics,
     rules: GateParams,
     breaches: Sequence[Breach],
     version: ModelVersion,
-) -> str:
-    champion = registry.with_alias(tracker.client, version.name, registry.CHAMPION)
-    evidence = model_card.Evidence(
-        uri=f"models:/{version.name}/{version.version}",
+) -> model_card.Evidence:
+    """What the version's page says. A champion that was set by hand is entered in the audit trail on the way."""
+    number, client = int(version.version), tracker.client
+    decisions = trail.caught_up(client, version.name)
+    champion = registry.with_alias(client, version.name, registry.CHAMPION)
+    other = champion if champion and int(champion.version) != number else None
+    return model_card.Evidence(
+        uri=f"models:/{version.name}/{number}",
         metrics=metrics,
         rules=rules,
         breaches=[breach.words for breach in breaches],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
-        champion=(str(champion.version), champion.tags) if champion else None,
+        champion=comparison.champion_of(metrics["evaluate"], other),
         lineage=_lineage(tracker, workspace),
+        decisions=[str(decision) for decision in trail.about(number, decisions)],
     )
-    return model_card.write(evidence)
 
 
 def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
@@ -162,7 +168,9 @@ def _verdict(breaches: Sequence[Breach]) -> str:
     return "failed" if breaches else "passed"
 
 
-def _summary(version: str, breaches: Sequence[Breach]) -> str:
+def _summary(version: str, breaches: Sequence[Breach], decisions: Sequence[str]) -> str:
+    if decisions:
+        return f"{version} is registered and decided on already: {decisions[-1]}"
     if not breaches:
         return f"{version} passed the gate and is the candidate; a person can make it champion"
     return f"{version} is recorded without an alias, the gate failed: {'; '.join(breach.words for breach in breaches)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from tasks.errors import IntegrityError
 from tasks.workspace import Workspace
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+POLICY = "policy.sha256"
+"""Tag of a version: the digest of all files of its policy."""
 _CODE = Path(__file__).with_name("cycle_model.py")
 _TOKENS, _INSTALL = (Path(ppo_core.__file__).with_name(name) for name in ("tokens.py", "weights.py"))
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "jinja2")
@@ -79,9 +82,13 @@ def log_model(
 
 def find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
     """The newest version of the registered model that carries all of `tags`."""
-    versions = client.search_model_versions(f"name = '{name}'")
-    matching = [v for v in versions if all(v.tags.get(key) == value for key, value in tags.items())]
-    return max(matching, key=lambda v: int(v.version), default=None)
+    found = versions(client, name)
+    return next((found[n] for n in sorted(found, reverse=True) if tags.items() <= found[n].tags.items()), None)
+
+
+def versions(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
+    """All versions of the registered model, by number; none where there is no such model."""
+    return {int(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
 
 
 def create_version(
@@ -115,12 +122,7 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 
 def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: Path) -> None:
     """Read the registered files again and compare them with `checkpoint`. Raises IntegrityError naming what differs."""
-    uri = client.get_model_version_download_uri(registered.name, registered.version)
-    with tempfile.TemporaryDirectory() as folder:
-        target = None if uri.startswith(("file:", "/")) else folder  # local files are read where they are
-        place = Path(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=client.tracking_uri))
-        stored = Model.load(str(place)).flavors["python_function"]["artifacts"]["checkpoint"]["path"]
-        found, expected = digests(place / stored), digests(checkpoint)
+    found, expected = _stored(client, registered), digests(checkpoint)
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
         raise IntegrityError(
@@ -130,9 +132,43 @@ def verify_version(client: MlflowClient, registered: ModelVersion, checkpoint: P
         )
 
 
+def verify_recorded(client: MlflowClient, registered: ModelVersion) -> None:
+    """Read the registered files again and compare them with what the version's tag says of them.
+
+    For whoever has the checkpoint no longer. Raises IntegrityError where they are others, or where nothing is said.
+    """
+    place = f"{registered.name} version {registered.version}"
+    if (recorded := registered.tags.get(POLICY)) is None:
+        raise IntegrityError(f"has no tag {POLICY}, so nothing vouches for its files", place, "register the policy")
+    if (found := combined(_stored(client, registered))) != recorded:
+        mend = f"restore the files at {registered.source}, or take another version"
+        raise IntegrityError(f"its files are not what was registered: {found}, not {recorded}", place, mend)
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """One digest of a folder, from those of its files."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, by its path there."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _stored(client: MlflowClient, registered: ModelVersion) -> dict[str, str]:
+    """Digests of the checkpoint as it lies in the registry."""
+    uri = client.get_model_version_download_uri(registered.name, registered.version)
+    with tempfile.TemporaryDirectory() as folder:
+        target = None if uri.startswith(("file:", "/")) else folder  # local files are read where they are
+        try:
+            place = Path(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=client.tracking_uri))
+            checkpoint = place / Model.load(str(place)).flavors["python_function"]["artifacts"]["checkpoint"]["path"]
+        except (MlflowException, KeyError) as error:  # KeyError: a model of another make
+            if isinstance(error, MlflowException) and error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            where, mend = f"{registered.name} version {registered.version}", f"restore its files at {registered.source}"
+            raise IntegrityError(f"its files are not there: {error}", where, mend) from error
+        return digests(checkpoint)
 
 
 def _roots(workspace: Workspace) -> tuple[Path, Path]:

@@ -62,11 +62,16 @@ def check_answers(workspace: Workspace) -> None:
     _probe(tracking_uri(workspace))
 
 
+def store_exists(workspace: Workspace) -> bool:
+    """False where the store is a file that is not there: asking MLflow would make an empty one."""
+    uri = tracking_uri(workspace)
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def record_exists(workspace: Workspace, run_id: str, model_version: int | None = None) -> bool:
     """Whether the run is there and not deleted, and so is the registered version that was made from it."""
-    uri = tracking_uri(workspace)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return False  # and none is created by asking
+    if not store_exists(workspace):
+        return False
     client = connect(workspace)
     try:
         run = client.get_run(run_id)
