@@ -29,6 +29,7 @@ examples:
   python -m flows.align --set ppo.cycles=4                 the same with one parameter changed
   python -m flows.align --set ppo.reward.kl_coef=0.1 --set seed=3
   python -m flows.align --params experiments/small.yaml    with parameters from another file
+  python -m flows.align --review                           if there is a candidate, wait for a person to decide on it
 
 Parameters other than those of params.yaml run in a git worktree of their own, which shares the cache of DVC and the
 records in MLflow; edit params.yaml to change what the checkout itself holds. Interrupt with Ctrl-C and run the same
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         from flows.pipeline import align
 
         try:
-            root = align(params, str(here.root), args.force)
+            root = align(params, str(here.root), args.force, args.review)
         except httpx.TransportError as error:
             mend = "what was done is kept: the same command says so, and does the rest"
             raise ServiceError(
@@ -103,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--params", type=Path, metavar="FILE", help="parameters to use instead of params.yaml")
     parser.add_argument("--force", action="store_true", help="run every stage, also those that are up to date")
+    parser.add_argument(
+        "--review",
+        action="store_true",
+        help="wait for a person to approve or reject the candidate, in a form in Prefect",
+    )
     return parser
 
 

@@ -13,15 +13,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import State, Task, flow, get_run_logger, task
+from prefect import State, Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
 
 from flows import artifacts, gpu, lifecycle, logs
+from flows.review import NAME as REVIEW
+from flows.review import REVIEW_HOURS, wait_for_decision, waiting_candidate
 from tasks import environment
-from tasks.errors import ProximalError, ServiceError
+from tasks.errors import ServiceError
 from tasks.params import Params, dump_params, load_params
 from tasks.seals import check_inputs
 from tasks.stages import STAGES, StageResult, machine_errors, run_stage, write_metrics
@@ -38,7 +40,13 @@ log = logging.getLogger(__name__)
 
 
 @flow(name=NAME, persist_result=False, on_crashed=[lifecycle.record_cancellation])
-def align(params: Params | None = None, workspace: str | None = None, force: bool = False) -> str | State:
+def align(
+    params: Params | None = None,
+    workspace: str | None = None,
+    force: bool = False,
+    review: bool = False,
+    review_hours: float = REVIEW_HOURS,
+) -> str | State:
     """Align a language model to human preferences: data, reward model, PPO, evaluation, registration.
 
     Args:
@@ -46,23 +54,24 @@ def align(params: Params | None = None, workspace: str | None = None, force: boo
             differ from it, the run takes place in a git worktree of its own, so that what is recorded is what ran.
         workspace: Checkout to work in. Left empty, the one that this code belongs to.
         force: Run every stage, also those that DVC knows to be up to date.
+        review: Where the new version becomes the candidate, ask a person to approve or reject it, and wait.
+        review_hours: How long to wait. After that it goes on being the candidate.
 
     Returns the folder in which the results lie (str).
     """
     environment.prepare()
     try:
         with logs.forwarded(), lifecycle.own_run():
-            lifecycle.close_abandoned(NAME)
+            lifecycle.close_abandoned(NAME, REVIEW)
             gpu.ensure_limit()
             place = _place(params, Workspace(Path(workspace)) if workspace else Workspace.here())
             _run_stages(place, force)
+            if review and (candidate := waiting_candidate(place)):
+                decided = wait_for_decision(*candidate, str(place.root), review_hours)
+                return Completed(message=str(decided), data=str(place.root))
             return str(place.root)
-    # Prefect would pickle an exception that leaves the flow; one inside a state is raised to the caller and not stored.
-    except ProximalError as error:
-        return Failed(message=f"{type(error).__name__}: {error}", data=error)
     except Exception as error:
-        get_run_logger().exception("the flow failed")
-        return Failed(message=f"{type(error).__name__}: {error}", data=error)
+        return lifecycle.failed(error)
 
 
 def _run_stages(workspace: Workspace, force: bool) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.registry import ModelVersion
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from tasks.registry import ModelVersion
 
-FIGURES = ("judge_win_rate", "reward_gain", "judge_gain", "judge_share", "kl")
-"""Go into a version's tags, so that versions can be compared in the registry's list."""
+FIGURES = {
+    "judge_win_rate": "Judge win rate",
+    "reward_gain": "Reward-model gain, sd of human text",
+    "judge_gain": "Judge gain, sd of human text",
+    "judge_share": "Judge gain / reward-model gain",
+    "kl": "KL to the model before, nats a response",
+}
+"""Go into a version's tags, so that versions can be compared in the registry's list; and what they are."""
 VERSION, DIFFERENCE = "champion.version", "champion.difference."
 """Tags of a version: the champion that it was compared with, and by how much its figure is higher than that one's."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.comparison import Champion, difference
+from tasks.comparison import FIGURES, Champion, difference
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 
@@ -99,12 +99,7 @@ def _results(evidence: Evidence) -> str:
         "distinct_2": f"within {rules.max_distinct2_change:.0%} of before",
         "repetition": f"within {rules.max_repetition_change:.0%} of before",
     }
-    labels = {
-        "judge_win_rate": "Judge win rate",
-        "reward_gain": "Reward-model gain, sd of human text",
-        "judge_gain": "Judge gain, sd of human text",
-        "judge_share": "Judge gain / reward-model gain",
-        "kl": "KL to the model before, nats a response",
+    labels = FIGURES | {
         "distinct_2": "Distinct-2",
         "repetition": "Repeated words",
         "length": "Length, tokens",

@@ -108,10 +108,10 @@ class Tracker:
         with service(client):
             experiment = _experiment(client, workspace)
             _close_abandoned(client, experiment)
-            run = _find(client, experiment, fingerprint)
-            if run is None:
-                tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
-                run = client.create_run(experiment, tags=tags, run_name=f"alignment-{fingerprint[:8]}")
+            found = client.search_runs([experiment], f"tags.`{FINGERPRINT}` = '{fingerprint}'", max_results=1)
+            tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
+            name = f"alignment-{fingerprint[:8]}"
+            run = found[0] if found else client.create_run(experiment, tags=tags, run_name=name)
             _check_free(run)
             tracker = cls(client, run, workspace, params)
             tracker._begin()
@@ -255,11 +255,6 @@ def _experiment(client: MlflowClient, workspace: Workspace) -> str:
             raise
         return _experiment(client, workspace)  # another run created it meanwhile
     return created
-
-
-def _find(client: MlflowClient, experiment: str, fingerprint: str) -> Run | None:
-    runs = client.search_runs([experiment], f"tags.`{FINGERPRINT}` = '{fingerprint}'", max_results=1)
-    return runs[0] if runs else None
 
 
 def _check_free(run: Run) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from pydantic import TypeAdapter, ValidationError
 
 from tasks import registry
 from tasks.errors import IntegrityError
@@ -60,6 +61,9 @@ class Decision:
             "set by hand": f"champion is version {self.version}, set by hand {OUTSIDE}, after {before}",
             "taken away by hand": f"there is no champion: taken away by hand {OUTSIDE} from version {self.version}",
         }[self.kind]
+
+
+_READER = TypeAdapter(Decision)
 
 
 def read(client: MlflowClient, name: str) -> list[Decision]:
@@ -122,7 +126,8 @@ def utc_now() -> str:
 
 def _parsed(name: str, key: str, value: str) -> Decision:
     try:
-        return Decision(**json.loads(value))
-    except (ValueError, TypeError) as error:
+        return _READER.validate_json(value)
+    except ValidationError as error:
+        why = "; ".join(f"{'.'.join(map(str, found['loc']))} {found['msg']}".strip() for found in error.errors())
         mend = "put back its value in MLflow, or delete that tag"
-        raise IntegrityError(f"is no longer a decision: {error}", f"{name}, tag {key}", mend) from error
+        raise IntegrityError(f"is no longer a decision: {why}", f"{name}, tag {key}", mend) from error

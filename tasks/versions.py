@@ -40,7 +40,7 @@ def command(args: argparse.Namespace, workspace: Workspace) -> int:
         found = registry.versions(client, name)
         newest = [found[number] for number in sorted(found, reverse=True)[: args.last]]
         console.print(_table(client, name, newest) if found else f"{name}: nothing is registered yet")
-        for line in _decisions(client, name, args.last):
+        for line in (*_decisions(client, name, args.last), *_waiting(client, name)):
             console.print(line, soft_wrap=True, markup=False)
     return 0
 
@@ -72,3 +72,9 @@ def _decisions(client: MlflowClient, name: str, last: int) -> Iterator[str]:
         yield f"  {decision}"
     if by_hand:
         yield f"\n{by_hand.words()}. The next decision records this in the audit trail."
+
+
+def _waiting(client: MlflowClient, name: str) -> Iterator[str]:
+    if candidate := registry.with_alias(client, name, registry.CANDIDATE):
+        how = f"python -m tasks promote {candidate.version} --reason ..., or reject"
+        yield f"\nversion {candidate.version} waits for a decision: {how}"

@@ -15,7 +15,7 @@ from tiny import tiny_params
 
 from flows.server import free_port
 from tasks import model_card, register, trail
-from tasks.__main__ import main
+from tasks.__main__ import COMMANDS, main
 from tasks.decisions import Statement, promote, reject, rollback
 from tasks.errors import ConfigError, IntegrityError
 from tasks.params import load_params
@@ -270,11 +270,22 @@ def test_the_commands_and_their_list(
     assert "champion" in rows["2"]
     assert "candidate" in rows["3"]
     assert "Ada: version 1 promoted" in listing
+    assert "version 3 waits for a decision: python -m tasks promote 3" in listing
     assert "champion is version 2, set by hand outside of this tool, after version 1" in listing
     assert len(told(shelf)) == 1, "to look records nothing"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     assert main(["versions", *here]) == 9
     assert main(["rollback", "2", "--reason", "x", *here]) == 9
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    help_text = capsys.readouterr().out
+    assert f"usage: python -m tasks {name}" in help_text
+    assert "--workspace" in help_text
+    assert "exit codes: 0 ok" in help_text
 
 
 def test_before_anything_is_registered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
