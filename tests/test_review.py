@@ -94,7 +94,7 @@ def test_an_approval_in_the_form_makes_the_champion_and_says_who(place: Workspac
     """Through the API that the UI calls; a form without a reason is sent back."""
 
     def answer() -> None:
-        run = eventually(lambda: waiting(client, place))
+        run = eventually(lambda: waiting(client, place), 120)
         with workspace_lock(place):  # another run may begin
             form = inputs(client, run)
         assert "gate passed" in form["description"]
@@ -105,7 +105,7 @@ def test_an_approval_in_the_form_makes_the_champion_and_says_who(place: Workspac
         assert client.resume_flow_run(run.id, YES).status.value == "ACCEPT"
 
     with meanwhile(answer):
-        assert pipeline.align(None, str(place.root), review=True, review_hours=0.01) == str(place.root)
+        assert pipeline.align(None, str(place.root), review=True, review_hours=0.05) == str(place.root)
     assert aliases(place) == {"champion": 3}
     (decision,) = trail.read(mlflow(place), NAME)
     assert (decision.kind, decision.by, decision.reason) == ("promoted", "Prefect: Ada", "better")
@@ -114,11 +114,11 @@ def test_an_approval_in_the_form_makes_the_champion_and_says_who(place: Workspac
 
 def test_a_rejection_takes_the_candidate_away(place: Workspace, client: SyncPrefectClient) -> None:
     def answer() -> None:
-        run = eventually(lambda: waiting(client, place))
+        run = eventually(lambda: waiting(client, place), 120)
         client.resume_flow_run(run.id, {**YES, "decision": "reject"})
 
     with meanwhile(answer):
-        pipeline.align(None, str(place.root), review=True, review_hours=0.01)
+        pipeline.align(None, str(place.root), review=True, review_hours=0.05)
     assert aliases(place) == {}
     assert "version 3 rejected. better" in message(client, place)
 
@@ -126,14 +126,14 @@ def test_a_rejection_takes_the_candidate_away(place: Workspace, client: SyncPref
 @pytest.mark.parametrize("how", ["by command", "by hand"])
 def test_a_decision_made_elsewhere_ends_the_waiting(place: Workspace, client: SyncPrefectClient, how: str) -> None:
     def decide() -> None:
-        eventually(lambda: waiting(client, place))
+        eventually(lambda: waiting(client, place), 120)
         if how == "by command":
             decisions.reject(place, NAME, 3, Statement.of("worse", by="Grace"))
         else:
             mlflow(place).set_registered_model_alias(NAME, "champion", "1")
 
     with meanwhile(decide):
-        pipeline.align(None, str(place.root), review=True, review_hours=0.01)
+        pipeline.align(None, str(place.root), review=True, review_hours=0.05)
     said = message(client, place)
     assert "the form changed nothing" in said
     assert ("Grace: version 3 rejected. worse" if how == "by command" else "champion is version 1, set by hand") in said
@@ -157,5 +157,5 @@ def test_without_an_answer_it_goes_on_being_the_candidate(place: Workspace, clie
 def test_nobody_is_asked_where_there_is_no_candidate_or_no_wish(place: Workspace, client: SyncPrefectClient) -> None:
     assert pipeline.align(None, str(place.root)) == str(place.root)
     mlflow(place).delete_registered_model_alias(NAME, "candidate")
-    assert pipeline.align(None, str(place.root), review=True, review_hours=0.01) == str(place.root)
+    assert pipeline.align(None, str(place.root), review=True, review_hours=0.05) == str(place.root)
     assert runs_of(client, review.NAME, place) == []
