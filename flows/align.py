@@ -31,6 +31,7 @@ examples:
   python -m flows.align --set ppo.reward.kl_coef=0.1 --set seed=3
   python -m flows.align --params experiments/small.yaml    with parameters from another file
   python -m flows.align --profile harmless-cpu             with what profiles/harmless-cpu.yaml says over params.yaml
+  python -m flows.align --review                           if there is a candidate, wait for a person to decide on it
 
 Parameters other than those of params.yaml run in a git worktree of their own, which shares the cache of DVC and the
 records in MLflow; that of a profile is work/worktrees/NAME. Edit params.yaml to change what the checkout itself holds.
@@ -72,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             # Made here, so that the flow finds in it what `--set` says over the profile.
             where = place(params, here, args.profile) if args.profile else here
-            root = align(None if args.profile else params, str(where.root), args.force)
+            root = align(None if args.profile else params, str(where.root), args.force, review=args.review)
         except httpx.TransportError as error:
             mend = "what was done is kept: the same command says so, and does the rest"
             raise ServiceError(
@@ -109,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--params", type=Path, metavar="FILE", help="parameters to use instead of params.yaml")
     parser.add_argument("--profile", metavar="NAME", help="lay profiles/NAME.yaml over them, before --set")
     parser.add_argument("--force", action="store_true", help="run every stage, also those that are up to date")
+    parser.add_argument(
+        "--review",
+        action="store_true",
+        help="wait for a person to approve or reject the candidate, in a form in Prefect",
+    )
     return parser
 
 

@@ -85,15 +85,21 @@ def publish_report(stage: str, workspace: Workspace, since: float) -> None:
 @shown
 def publish_run_link(run_id: str, workspace: Workspace) -> None:
     """Where this training is in MLflow: on its server, or where `make ui` puts one."""
-    from tasks.tracking import connect, tracking_uri  # MLflow takes seconds to import
+    from tasks.tracking import connect  # MLflow takes seconds to import
 
-    store = public_uri(tracking_uri(workspace))
-    base = store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"
     experiment = connect(workspace).get_run(run_id).info.experiment_id
-    link = f"{base}/#/experiments/{experiment}/runs/{run_id}"
+    link = f"{mlflow_address(workspace)}/#/experiments/{experiment}/runs/{run_id}"
     create_link_artifact(
         link, "the run in MLflow", "mlflow-run", "Parameters, curves and models (while `make ui` runs)"
     )
+
+
+def mlflow_address(workspace: Workspace) -> str:
+    """Of MLflow's UI: its server, or where `make ui` puts one."""
+    from tasks.tracking import tracking_uri
+
+    store = public_uri(tracking_uri(workspace))
+    return store.rstrip("/") if store.startswith("http") else f"http://{HOST}:{MLFLOW_PORT}"
 
 
 class LiveCycles:

@@ -65,7 +65,7 @@ def _figures(metrics: Mapping[str, Any]) -> Table:
 def _verdict(registered: Mapping[str, Any]) -> str:
     version = f"{registered['model_name']} version {registered['model_version']}"
     if registered["gate"] == "passed":
-        return f"{version}: passed the gate, alias candidate; it awaits your review"
+        return f"{version}: passed the gate; who decides on it: python -m tasks versions"
     return f"{version}: did not pass the gate ({', '.join(registered['breached'])}), so it has no alias"
 
 

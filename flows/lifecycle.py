@@ -13,19 +13,20 @@ from functools import partial
 from uuid import UUID
 
 import httpx
-from prefect import Flow, State, runtime
+from prefect import Flow, State, get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import TerminationSignal
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Crashed, Failed
 
 from flows.background import meanwhile
 from flows.gpu import LEASE
+from tasks.errors import ProximalError
 from tasks.processes import is_alive, is_here, process_tags
 
 CANCEL_POLL_SECONDS = 3.0
-_OPEN = {"any_": [StateType.RUNNING, StateType.CANCELLING]}
+_OPEN = {"any_": [StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]}
 
 _SIGNALS = {TerminationSignal: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 _CANCEL = (StateType.CANCELLING, StateType.CANCELLED)
@@ -39,7 +40,8 @@ def own_run() -> Iterator[None]:
     run_id = UUID(runtime.flow_run.id)
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(run_id, {**process_tags()})
-    watching = nullcontext() if runtime.deployment.id else meanwhile("cancel", partial(_end_if_cancelled, run_id))
+    looked_after = runtime.deployment.id and not runtime.flow_run.parent_flow_run_id  # a worker knows no flow within it
+    watching = nullcontext() if looked_after else meanwhile("cancel", partial(_end_if_cancelled, run_id))
     with signals_arrive(), watching:
         yield
 
@@ -63,16 +65,24 @@ def signals_arrive() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def close_abandoned(flow_name: str) -> None:
+def close_abandoned(*flow_names: str) -> None:
     """Flow runs of this machine whose process died become Crashed, with their task runs; their GPU slots are freed."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(
-            flow_filter=FlowFilter(name={"any_": [flow_name]}), flow_run_filter=FlowRunFilter(state={"type": _OPEN})
+            flow_filter=FlowFilter(name={"any_": list(flow_names)}),
+            flow_run_filter=FlowRunFilter(state={"type": _OPEN}),
         )
         for run in found:
             tags = {key: str(value) for key, value in run.labels.items()}
             if is_here(tags) and not is_alive(tags):
                 _close(client, run)
+
+
+def failed(error: Exception) -> State:
+    """How a flow ends on an error: Prefect would pickle one that leaves it; in a state it is raised to the caller."""
+    if not isinstance(error, ProximalError):
+        get_run_logger().exception("the flow failed")
+    return Failed(message=f"{type(error).__name__}: {error}", data=error)
 
 
 def record_cancellation(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None:

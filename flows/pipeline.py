@@ -13,15 +13,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import State, Task, flow, get_run_logger, task
+from prefect import State, Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
 
 from flows import artifacts, gpu, lifecycle, logs
+from flows.review import NAME as REVIEW
+from flows.review import REVIEW_HOURS, wait_for_decision, waiting_candidate
 from tasks import environment
-from tasks.errors import ProximalError, ServiceError
+from tasks.errors import ServiceError
 from tasks.params import Params, dump_params, load_params
 from tasks.profiles import profile_under
 from tasks.seals import check_inputs
@@ -40,7 +42,12 @@ log = logging.getLogger(__name__)
 
 @flow(name=NAME, persist_result=False, on_crashed=[lifecycle.record_cancellation])
 def align(
-    params: Params | None = None, workspace: str | None = None, force: bool = False, profile: str | None = None
+    params: Params | None = None,
+    workspace: str | None = None,
+    force: bool = False,
+    profile: str | None = None,
+    review: bool = False,
+    review_hours: float = REVIEW_HOURS,
 ) -> str | State:
     """Align a language model to human preferences: data, reward model, PPO, evaluation, registration.
 
@@ -51,26 +58,27 @@ def align(
         force: Run every stage, also those that DVC knows to be up to date.
         profile: Name of a file in profiles/. Its parameters take the place of those of params.yaml; what was changed in
             params comes over them. The run takes place in work/worktrees/NAME.
+        review: Where the new version becomes the candidate, ask a person to approve or reject it, and wait.
+        review_hours: How long to wait. After that it goes on being the candidate.
 
     Returns the folder in which the results lie (str).
     """
     environment.prepare()
     try:
         with logs.forwarded(), lifecycle.own_run():
-            lifecycle.close_abandoned(NAME)
+            lifecycle.close_abandoned(NAME, REVIEW)
             gpu.ensure_limit()
             here = Workspace(Path(workspace)) if workspace else Workspace.here()
             if profile:
                 params = profile_under(params or load_params(here.params), profile, here)
             where = place(params, here, profile)
             _run_stages(where, force)
+            if review and (candidate := waiting_candidate(where)):
+                decided = wait_for_decision(*candidate, str(where.root), review_hours)
+                return Completed(message=str(decided), data=str(where.root))
             return str(where.root)
-    # Prefect would pickle an exception that leaves the flow; one inside a state is raised to the caller and not stored.
-    except ProximalError as error:
-        return Failed(message=f"{type(error).__name__}: {error}", data=error)
     except Exception as error:
-        get_run_logger().exception("the flow failed")
-        return Failed(message=f"{type(error).__name__}: {error}", data=error)
+        return lifecycle.failed(error)
 
 
 def _run_stages(workspace: Workspace, force: bool) -> None:

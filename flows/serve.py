@@ -35,16 +35,17 @@ def main(argv: list[str] | None = None) -> int:
         url = running_api()
         with temporary_settings({PREFECT_API_URL: url}):
             print(f"deployment align/{NAME}: {url.removesuffix('/api')}/deployments", flush=True)
-            serve(deployment(args.cron, args.timezone), limit=args.limit)
+            serve(deployment(args.cron, args.timezone, args.review), limit=args.limit)
     except ProximalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def deployment(cron: str, timezone: str) -> RunnerDeployment:
+def deployment(cron: str, timezone: str, review: bool = False) -> RunnerDeployment:
     """The flow with a form of all parameters for runs by hand, and a schedule that follows params.yaml.
 
+    With `review` its runs wait for a person where there is a candidate; the form can change that for a run.
     Runs of it queue behind each other. While nothing serves it, the schedule is paused.
     """
     from flows.pipeline import align
@@ -53,7 +54,7 @@ def deployment(cron: str, timezone: str) -> RunnerDeployment:
         name=NAME,
         description="Alignment with the parameters of params.yaml; a run by hand may change any of them.",
         schedule=Cron(cron, timezone=timezone, parameters={"params": None}, slug="by-params-yaml"),
-        parameters=default_parameters(),
+        parameters=default_parameters() | {"review": review},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cron", default=DAILY, help="when to run, default: '%(default)s', daily at 2 in the night")
     parser.add_argument("--timezone", default=get_localzone_name(), help="of --cron, default: this machine's")
+    parser.add_argument(
+        "--review", action="store_true", help="runs that made a candidate wait for a person to approve or reject it"
+    )
     parser.add_argument(
         "--limit", type=int, default=1, help="runs at the same time, default: %(default)s; the rest queue"
     )

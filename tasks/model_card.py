@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tasks.comparison import FIGURES, Champion, difference
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 from tasks.preference_models import label
@@ -17,6 +18,11 @@ LIMIT = 5000
 TEXT, FIELD = 160, 60
 """Characters shown of a sample, and of what is said about a source."""
 SOURCES = 8
+DECISIONS, WORDS = 3, 200
+"""Decisions shown, the newest, and characters of each; the audit trail has them whole."""
+ROOM = DECISIONS * (WORDS + 20)
+"""Characters that are kept free for them."""
+_REVIEW = "### Review\n\n"
 
 
 @dataclass(frozen=True)
@@ -35,26 +41,46 @@ class Evidence:
     provenance: Sequence[Mapping[str, Any]]
     samples: pd.DataFrame
     """prompt, reference, policy and the judge's scores, in the order of the test prompts."""
-    champion: tuple[str, Mapping[str, str]] | None
-    """Number and tags of the version that bears the alias now."""
+    champion: Champion | None
     lineage: Mapping[str, str]
+    decisions: Sequence[str]
+    """On this version, the oldest first, where it is registered again."""
 
 
 def write(evidence: Evidence) -> str:
     """The card in Markdown, at most LIMIT characters."""
-    before = [_verdict(evidence), _results(evidence), _preferences(evidence), _data(evidence)]
+    before = [_verdict(evidence), _review(evidence), _results(evidence), _preferences(evidence), _data(evidence)]
     after = [_origin(evidence), _use(evidence)]
-    room = LIMIT - sum(len(part) + 1 for part in (*before, *after))
-    return "\n".join([*before, _samples(evidence, room), *after])[:LIMIT]
+    room = LIMIT - ROOM - sum(len(part) + 1 for part in (*before, *after))
+    card = "\n".join([*before, _samples(evidence, room), *after])[:LIMIT]
+    return reviewed(card, evidence.decisions) if evidence.decisions else card
+
+
+def reviewed(card: str, decisions: Sequence[str]) -> str:
+    """The card with the newest of these decisions in place of what it says on its review, or on top of it."""
+    lines = "\n".join(f"- {markdown_text(excerpt(words, WORDS))}" for words in reversed(decisions[-DECISIONS:]))
+    before, review, after = card.partition(_REVIEW)
+    rest = after[after.find("\n### ") :] if "\n### " in after else ""
+    parts = (before, f"{_REVIEW}{lines}\n", rest) if review else (f"{_REVIEW}{lines}\n\n", before)
+    return "".join(parts)[:LIMIT]
 
 
 def _verdict(evidence: Evidence) -> str:
     unchecked = "".join(f"\n- not checked: {markdown_text(_short(words, TEXT))}" for words in evidence.unchecked)
     if not evidence.breaches:
-        passed = "**Gate passed.** Waits for review: give it the alias `champion` to approve it."
-        return f"{passed}\n{unchecked}\n\n{_what(evidence)}\n"
+        return f"**Gate passed.** {_what(evidence)}\n{unchecked}\n"
     reasons = "".join(f"\n- {markdown_text(words)}" for words in evidence.breaches)
     return f"**Gate failed**, so this version has no alias:\n{reasons}{unchecked}\n\n{_what(evidence)}\n"
+
+
+def _review(evidence: Evidence) -> str:
+    number = evidence.uri.rpartition("/")[2]
+    if evidence.breaches:
+        return f'{_REVIEW}Wanted all the same: `python -m tasks promote {number} --despite-gate --reason "..."`.\n'
+    return (
+        f'{_REVIEW}Waits for a person: `python -m tasks promote {number} --reason "..."`, or `reject`; or give it the '
+        "alias `champion` here.\n"
+    )
 
 
 def _what(evidence: Evidence) -> str:
@@ -69,7 +95,7 @@ def _what(evidence: Evidence) -> str:
 def _results(evidence: Evidence) -> str:
     """On the test prompts, against the model before alignment."""
     found, rules = evidence.metrics["evaluate"], evidence.rules
-    name, other = evidence.champion or ("", {})
+    champion = evidence.champion
     gates = {
         "judge_win_rate": f"≥ {rules.min_judge_win_rate:g}, interval ≥ {rules.min_judge_win_rate_low:g}",
         "judge_share": f"≥ {rules.min_judge_share:g}",
@@ -77,24 +103,21 @@ def _results(evidence: Evidence) -> str:
         "distinct_2": f"within {rules.max_distinct2_change:.0%} of before",
         "repetition": f"within {rules.max_repetition_change:.0%} of before",
     }
-    labels = {
-        "judge_win_rate": "Judge win rate",
-        "reward_gain": "Reward-model gain, sd of human text",
-        "judge_gain": "Judge gain, sd of human text",
-        "judge_share": "Judge gain / reward-model gain",
-        "kl": "KL to the model before, nats a response",
+    labels = FIGURES | {
         "distinct_2": "Distinct-2",
         "repetition": "Repeated words",
         "length": "Length, tokens",
         "perplexity": "Perplexity under the model before",
     }
-    headers = ["Figure", "After", "Before", "Gate", *([f"Champion (version {name})"] if name else [])]
+    headers = ["Figure", "After", "Before", "Gate"]
+    headers += [f"Champion (version {champion.version})", "Difference to it"] if champion else []
     rows = [
         [label, _interval(found, key), found.get(f"{key}_reference"), gates.get(key, "")]
-        + ([other.get(key)] if name else [])
+        + ([champion.figures.get(key), _signed(difference(found, champion, key))] if champion else [])
         for key, label in labels.items()
     ]
-    note = "\nThe champion's figures are those of its own evaluation.\n" if name else ""
+    own = "\nThe champion's figures are those of its own evaluation.\n"
+    note = own if champion and not champion.measured else ""
     prompts = show(found.get("n"))
     return f"### Results on {prompts} test prompts, with 95 % intervals\n\n{markdown_table(headers, rows)}{note}"
 
@@ -153,6 +176,10 @@ def _use(evidence: Evidence) -> str:
 def _interval(found: Mapping[str, Any], key: str) -> str:
     value, low, high = (found.get(key + end) for end in ("", "_low", "_high"))
     return show(value) if low is None or high is None else f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def _signed(value: float | None) -> str:
+    return show(None) if value is None else f"{'+' if value >= 0 else ''}{show(value)}"
 
 
 def _short(value: Any, limit: int) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks import model_card, registry
+from tasks import comparison, model_card, registry, trail
 from tasks.errors import DataError
 from tasks.gate import Breach, Unchecked, Verdict, gate
 from tasks.origin import versions
@@ -29,8 +29,6 @@ from tasks.workspace_lock import in_turn
 
 EVIDENCE = ("validate", "reward_model", "evaluate")
 """Stages whose figures and reports are recorded with the run here; ppo has recorded its own."""
-FIGURES = ("judge_win_rate", "reward_gain", "judge_gain", "judge_share", "kl")
-"""Go into the version's tags, so that versions can be compared in the registry's list."""
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """metrics/STAGE.json by stage."""
@@ -47,9 +45,11 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         with in_turn(workspace.registry_lock):  # the newest version is the one named last, and it is the one verified
             version = _registered(tracker, params, workspace, metrics, verdict)
             registry.verify_version(tracker.client, version, workspace.policy)
-            card = _card(tracker, workspace, metrics, rules, verdict, version)
-            tracker.client.update_model_version(name, version.version, description=card)
-            if not verdict.breaches:
+            evidence = _evidence(tracker, workspace, metrics, rules, verdict, version)
+            tracker.client.update_model_version(name, version.version, description=model_card.write(evidence))
+            for key, value in comparison.tags(metrics["evaluate"], evidence.champion).items():
+                tracker.client.set_model_version_tag(name, version.version, key, value)
+            if not verdict.breaches and not evidence.decisions:  # a person has the last word
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
     return StageResult(
         {
@@ -60,7 +60,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             "breached": _rules(verdict.breaches),
             "unchecked": _rules(verdict.unchecked),
         },
-        _summary(f"{name} version {version.version}", verdict),
+        _summary(f"{name} version {version.version}", verdict, evidence.decisions),
     )
 
 
@@ -71,7 +71,7 @@ def _registered(
     client, name, evaluation = tracker.client, params.register_.model_name, metrics["evaluate"]
     policy = registry.policy_digest(workspace.policy)
     evidence = _digest([evaluation, params.register_.gate.model_dump(mode="json")])
-    identity = {"run_id": tracker.run_id, "policy.sha256": policy, "evidence.sha256": evidence}
+    identity = {"run_id": tracker.run_id, registry.POLICY: policy, "evidence.sha256": evidence}
     if (version := registry.find_version(client, name, identity)) is not None:
         return version
     artifacts, cycle = {"checkpoint": workspace.policy}, int(metrics["ppo"]["result_cycle"])
@@ -79,32 +79,38 @@ def _registered(
     outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
     outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
     outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
-    figures = {key: f"{evaluation[key]:.4g}" for key in FIGURES if isinstance(evaluation.get(key), int | float)}
+    figures = {
+        key: f"{evaluation[key]:.4g}" for key in comparison.FIGURES if isinstance(evaluation.get(key), int | float)
+    }
     tags = identity | _lineage(tracker, workspace) | outcome | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
 
 
-def _card(
+def _evidence(
     tracker: Tracker,
     workspace: Workspace,
     metrics: Metrics,
     rules: GateParams,
     verdict: Verdict,
     version: ModelVersion,
-) -> str:
-    champion = registry.with_alias(tracker.client, version.name, registry.CHAMPION)
-    evidence = model_card.Evidence(
-        uri=f"models:/{version.name}/{version.version}",
+) -> model_card.Evidence:
+    """What the version's page says. A champion that was set by hand is entered in the audit trail on the way."""
+    number, client = int(version.version), tracker.client
+    decisions = trail.caught_up(client, version.name)
+    champion = registry.with_alias(client, version.name, registry.CHAMPION)
+    other = champion if champion and int(champion.version) != number else None
+    return model_card.Evidence(
+        uri=f"models:/{version.name}/{number}",
         metrics=metrics,
         rules=rules,
         breaches=[breach.words for breach in verdict.breaches],
         unchecked=[rule.words for rule in verdict.unchecked],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
-        champion=(str(champion.version), champion.tags) if champion else None,
+        champion=comparison.champion_of(metrics["evaluate"], other),
         lineage=_lineage(tracker, workspace),
+        decisions=[str(decision) for decision in trail.about(number, decisions)],
     )
-    return model_card.write(evidence)
 
 
 def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
@@ -118,7 +124,9 @@ def _rules(outcomes: Sequence[Breach] | Sequence[Unchecked]) -> list[str]:
     return list(dict.fromkeys(outcome.rule for outcome in outcomes))
 
 
-def _summary(version: str, verdict: Verdict) -> str:
+def _summary(version: str, verdict: Verdict, decisions: Sequence[str]) -> str:
+    if decisions:
+        return f"{version} is registered and decided on already: {decisions[-1]}"
     if verdict.breaches:
         words = "; ".join(breach.words for breach in verdict.breaches)
         return f"{version} is recorded without an alias, the gate failed: {words}"

@@ -27,6 +27,8 @@ from tasks.errors import IntegrityError
 from tasks.workspace import Workspace
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+POLICY = "policy.sha256"
+"""Tag of a version: the digest of all files of its policy."""
 _CODE = Path(__file__).with_name("cycle_model.py")
 _TOKENS, _INSTALL = (Path(ppo_core.__file__).with_name(name) for name in ("tokens.py", "weights.py"))
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "jinja2")
@@ -81,9 +83,13 @@ def log_model(
 
 def find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:
     """The newest version of the registered model that carries all of `tags`."""
-    versions = client.search_model_versions(f"name = '{name}'")
-    matching = [v for v in versions if all(v.tags.get(key) == value for key, value in tags.items())]
-    return max(matching, key=lambda v: int(v.version), default=None)
+    found = versions(client, name)
+    return next((found[n] for n in sorted(found, reverse=True) if tags.items() <= found[n].tags.items()), None)
+
+
+def versions(client: MlflowClient, name: str) -> dict[int, ModelVersion]:
+    """All versions of the registered model, by number; none where there is no such model."""
+    return {int(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
 
 
 def create_version(
@@ -144,6 +150,21 @@ def stored_checkpoint(client: MlflowClient, registered: ModelVersion) -> Iterato
             where = f"{registered.name} version {registered.version}"
             raise IntegrityError(f"holds no policy ({error!r:.200})", where, "register a policy") from error
         yield place / stored
+
+
+def verify_recorded(client: MlflowClient, registered: ModelVersion) -> None:
+    """Read the registered files again and compare them with what the version's tag says of them.
+
+    For whoever has the checkpoint no longer. Raises IntegrityError where they are others, or where nothing is said.
+    """
+    place = f"{registered.name} version {registered.version}"
+    if (recorded := registered.tags.get(POLICY)) is None:
+        raise IntegrityError(f"has no tag {POLICY}, so nothing vouches for its files", place, "register the policy")
+    with stored_checkpoint(client, registered) as stored:
+        found = policy_digest(stored)
+    if found != recorded:
+        mend = f"restore the files at {registered.source}, or take another version"
+        raise IntegrityError(f"its files are not what was registered: {found}, not {recorded}", place, mend)
 
 
 def policy_digest(folder: Path) -> str:

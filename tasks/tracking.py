@@ -62,11 +62,16 @@ def check_answers(workspace: Workspace) -> None:
     _probe(tracking_uri(workspace))
 
 
+def store_exists(workspace: Workspace) -> bool:
+    """False where the store is a file that is not there: asking MLflow would make an empty one."""
+    uri = tracking_uri(workspace)
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def record_exists(workspace: Workspace, run_id: str, model_version: int | None = None) -> bool:
     """Whether the run is there and not deleted, and so is the registered version that was made from it."""
-    uri = tracking_uri(workspace)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return False  # and none is created by asking
+    if not store_exists(workspace):
+        return False
     client = connect(workspace)
     try:
         run = client.get_run(run_id)
@@ -103,10 +108,10 @@ class Tracker:
         with service(client):
             experiment = _experiment(client, workspace)
             _close_abandoned(client, experiment)
-            run = _find(client, experiment, fingerprint)
-            if run is None:
-                tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
-                run = client.create_run(experiment, tags=tags, run_name=f"alignment-{fingerprint[:8]}")
+            found = client.search_runs([experiment], f"tags.`{FINGERPRINT}` = '{fingerprint}'", max_results=1)
+            tags = {FINGERPRINT: fingerprint} | process_tags()  # from its first moment it is known whose it is
+            name = f"alignment-{fingerprint[:8]}"
+            run = found[0] if found else client.create_run(experiment, tags=tags, run_name=name)
             _check_free(run)
             tracker = cls(client, run, workspace, params)
             tracker._begin()
@@ -251,11 +256,6 @@ def _experiment(client: MlflowClient, workspace: Workspace) -> str:
             raise
         return _experiment(client, workspace)  # another run created it meanwhile
     return created
-
-
-def _find(client: MlflowClient, experiment: str, fingerprint: str) -> Run | None:
-    runs = client.search_runs([experiment], f"tags.`{FINGERPRINT}` = '{fingerprint}'", max_results=1)
-    return runs[0] if runs else None
 
 
 def _check_free(run: Run) -> None:

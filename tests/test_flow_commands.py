@@ -142,9 +142,9 @@ def test_a_port_that_is_taken_names_the_holder() -> None:
 def test_the_deployment_has_a_form_with_bounds_and_a_schedule_that_follows_params_yaml(
     client: SyncPrefectClient,
 ) -> None:
-    made = client.read_deployment(serve.deployment("0 2 * * *", "Europe/Berlin").apply())
+    made = client.read_deployment(serve.deployment("0 2 * * *", "Europe/Berlin", review=True).apply())
     params = dump_params(load_params(Workspace.here().params))
-    assert made.parameters == {"params": params}
+    assert made.parameters == {"params": params, "review": True}
     (schedule,) = made.schedules
     assert (schedule.schedule.cron, schedule.active, schedule.parameters) == ("0 2 * * *", True, {"params": None})
     assert made.concurrency_options.collision_strategy.value == "ENQUEUE"

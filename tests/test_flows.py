@@ -28,7 +28,7 @@ from prefect.settings import PREFECT_HOME
 import tasks.ppo
 import tasks.tracking
 import tasks.versioning
-from flows import gpu, lifecycle, pipeline
+from flows import gpu, lifecycle, pipeline, review
 from tasks.errors import DataError, Problem, ResourceError, ServiceError
 from tasks.params import Params, load_params
 from tasks.stages import STAGES, StageResult
@@ -261,12 +261,20 @@ def test_what_dead_processes_left_open_is_closed(stages: Stages, place: Workspac
     dead = subprocess.Popen([sys.executable, "-c", ""])
     tags = lifecycle.process_tags()
     dead.wait()
+    gone = {**tags, "proximal.pid": str(dead.pid)}
     left = client.create_flow_run(pipeline.align, state=prefect.states.Running())
-    client.update_flow_run_labels(left.id, {**tags, "proximal.pid": str(dead.pid), gpu.LEASE: lease})
+    client.update_flow_run_labels(left.id, gone | {gpu.LEASE: lease})
+    waited = client.create_flow_run(
+        review.wait_for_decision,
+        {"name": "m", "version": 1, "workspace": "/", "hours": 1.0},
+        state=prefect.states.Paused(),
+    )
+    client.update_flow_run_labels(waited.id, gone)
     alive = client.create_flow_run(pipeline.align, state=prefect.states.Running())
     client.update_flow_run_labels(alive.id, tags)
     pipeline.align(None, str(place.root))
     assert client.read_flow_run(left.id).state_name == "Crashed"
+    assert client.read_flow_run(waited.id).state_name == "Crashed"
     assert client.read_flow_run(alive.id).state_name == "Running"
     client.delete_flow_run(alive.id)
     assert slots(client) == 0

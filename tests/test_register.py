@@ -14,22 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import yaml
 from evaluations import GOOD
 from killing import Stages
 from mlflow import MlflowClient
+from registered import NAME, left_by_evaluate, params, samples, write
 from stores import new_store
 from tiny import tiny_params, tiny_policy
 
 from tasks import model_card, register, registry, tracking
 from tasks.errors import DataError, IntegrityError
 from tasks.pages import show
-from tasks.params import Params, check_params
 from tasks.workspace import Workspace
 
-NAME = "aligned-policy"
 pytest_plugins = ["trainings"]
 
 
@@ -37,50 +35,6 @@ pytest_plugins = ["trainings"]
 def evaluated(tmp_path: Path, policy_folder: Path) -> Workspace:
     """A workspace as the evaluate stage leaves it."""
     return left_by_evaluate(new_store(Workspace(tmp_path)), policy_folder)
-
-
-def left_by_evaluate(workspace: Workspace, policy_folder: Path) -> Workspace:
-    root = workspace.root
-    for folder in (workspace.canonical, workspace.policy.parent, root / "metrics", workspace.report("evaluate")):
-        folder.mkdir(parents=True)
-    shutil.copytree(policy_folder, workspace.policy)
-    write(workspace, "evaluate", GOOD)
-    write(
-        workspace,
-        "ppo",
-        {
-            "fingerprint": "a" * 16,
-            "cycles": 8,
-            "result_cycle": 7,
-            "stopped_by": "cycles",
-            "maximised": "the function mine:score",
-        },
-    )
-    role = {"accuracy": 0.85, "accuracy_low": 0.83, "accuracy_high": 0.87, "n": 1200, "ece": 0.02}
-    write(workspace, "reward_model", {"reward": role, "judge": role | {"accuracy": 0.875}})
-    write(workspace, "validate", {"expectations": {"checked": 31, "passed": 30}})
-    source = {"name": "ratings", "source": "pypi:ratings", "version": "3.3.2", "licence": "MIT", "rows": 10605}
-    workspace.provenance.write_text(json.dumps([source | {"sha256": "c" * 64}]), encoding="utf-8")
-    workspace.pairs.write_bytes(b"pairs")
-    workspace.prompts.write_bytes(b"prompts")
-    samples(400).to_parquet(workspace.samples)
-    (workspace.report("evaluate") / "report.html").write_text("<p>before and after</p>", encoding="utf-8")
-    return workspace
-
-
-def write(workspace: Workspace, stage: str, metrics: dict[str, Any]) -> None:
-    workspace.metrics(stage).write_text(json.dumps(metrics), encoding="utf-8")
-
-
-def samples(n: int, text: str = "is a | *film* [x](http://y)\nthat <b>moves</b>") -> pd.DataFrame:
-    scores = {f"{kind}_{who}": [0.25] * n for kind in ("reward", "judge") for who in ("reference", "policy")}
-    return pd.DataFrame(
-        {"prompt": [f"the film {i}" for i in range(n)], "reference": [text] * n, "policy": [text] * n} | scores
-    )
-
-
-def params(**rules: float) -> Params:
-    return check_params(tiny_params() | {"register": {"gate": rules}})
 
 
 def client(workspace: Workspace) -> MlflowClient:

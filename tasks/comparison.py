@@ -1,0 +1,68 @@
+"""A version beside the champion, figure by figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from tasks.registry import ModelVersion
+
+FIGURES = {
+    "judge_win_rate": "Judge win rate",
+    "reward_gain": "Reward-model gain, sd of human text",
+    "judge_gain": "Judge gain, sd of human text",
+    "judge_share": "Judge gain / reward-model gain",
+    "kl": "KL to the model before, nats a response",
+}
+"""Go into a version's tags, so that versions can be compared in the registry's list; and what they are."""
+VERSION, DIFFERENCE = "champion.version", "champion.difference."
+"""Tags of a version: the champion that it was compared with, and by how much its figure is higher than that one's."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version in service when another one was evaluated."""
+
+    version: str
+    figures: Mapping[str, float]
+    measured: bool
+    """On the same prompts, by the same evaluation; else the figures are those of its own evaluation."""
+
+
+def champion_of(evaluation: Mapping[str, Any], champion: ModelVersion | None) -> Champion | None:
+    """What is known of the champion: measured by this evaluation if it was this champion, else its own tags."""
+    if champion is None:
+        return None
+    number, measured = str(champion.version), str(evaluation.get("champion_version")) == str(champion.version)
+    found = {key.removesuffix("_champion"): value for key, value in evaluation.items() if key.endswith("_champion")}
+    figures = {k: float(v) for k, v in found.items() if isinstance(v, int | float)} if measured else _tagged(champion)
+    return Champion(number, figures, measured)
+
+
+def difference(evaluation: Mapping[str, Any], champion: Champion, key: str) -> float | None:
+    """How much higher the figure is than the champion's; None where one of them is missing."""
+    mine, other = evaluation.get(key), champion.figures.get(key)
+    return mine - other if isinstance(mine, int | float) and other is not None else None
+
+
+def tags(evaluation: Mapping[str, Any], champion: Champion | None) -> dict[str, str]:
+    """For the version: what it was compared with and how it differs. Figures that are missing have no tag."""
+    if champion is None:
+        return {VERSION: "none"}
+    differences = {key: difference(evaluation, champion, key) for key in FIGURES}
+    return {VERSION: champion.version} | {
+        DIFFERENCE + key: f"{value:+.4g}" for key, value in differences.items() if value is not None
+    }
+
+
+def _tagged(champion: ModelVersion) -> dict[str, float]:
+    """Its figures as its registration left them; people may write tags, too."""
+    found = {}
+    for key in FIGURES:
+        try:
+            found[key] = float(champion.tags[key])
+        except (KeyError, ValueError):
+            continue
+    return found
