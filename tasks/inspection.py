@@ -168,7 +168,7 @@ class Inspector:
         trained = load_trained(params, workspace, base)
         config = params.ppo.model.model_copy(update={"trainable": form})
         self.model = ActorCritic(base, config, trained, seed=params.seed)
-        self.reward = new_reward(params, workspace, self.tokenizer, self.model, trained, others=prompts)
+        self.reward = new_reward(params, workspace, self.tokenizer, self.model, trained, prompts)
         self.critic = Critic(0, self.model.critic_state(), params.ppo.reward.kl_coef, RunningMoments())
 
     def become(self, cycle: int | None) -> None:
