@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ppo_core.seeds import derive
-from tasks import axes, champion, report
+from tasks import axes, champion, inspection, inspector, report
 from tasks.champion import Champion
 from tasks.comparisons import BROKEN_MODEL, bounds
 from tasks.errors import DataError, TrainingHealthError
@@ -79,7 +79,11 @@ def _evaluated(
         found = found.without(NotMeasured(CHAMPION, "against the champion", approved.reason))
     metrics = measure(answers[POLICY], answers[REFERENCE], resamples, seed, params.evaluate.seeds)
     metrics |= found.metrics | approved.facts | {"mlflow_run_id": ppo["mlflow_run_id"]}
-    return report.Evaluation(metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found)
+    prompts = inspection.drawn_prompts(params, workspace, TEST, params.evaluate.inspect)
+    looked_at = inspector.blocks(inspection.inspect(params, workspace, prompts, inspection.COMPLETIONS))
+    return report.Evaluation(
+        metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found, looked_at
+    )
 
 
 def measure(policy: Responses, reference: Responses, resamples: int, seed: int, seeds: int = 1) -> dict[str, Any]:

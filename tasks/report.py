@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ppo_core.seeds import derive
-from tasks import axes_plots, origin, pages, plots, report_axes, report_samples
+from tasks import axes_plots, inspector, origin, pages, plots, report_axes, report_samples
 from tasks.axes import Axes
 from tasks.params import Params
 from tasks.probes.base import CHAMPION, REFERENCE
@@ -98,7 +98,7 @@ def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Works
     sections = [*_results(evaluation), *_examples(evaluation, params), *_lineage(evaluation, params, workspace)]
     blocks = [pages.verdict(*opening), pages.key_figures(figures)]
     blocks += [block for section in sections for block in html(section, drawn)]
-    (folder / "report.html").write_text(pages.page(TITLE, LEAD, blocks), encoding="utf-8")
+    (folder / "report.html").write_text(pages.page(TITLE, LEAD, blocks, inspector.STYLE), encoding="utf-8")
     head = [f"**{'✓' if opening[0] else '✗'} {pages.markdown_text(opening[1])}**"]
     head += [pages.markdown_table(["", "", ""], [list(figure) for figure in figures])]
     whole = [f"# {TITLE}", LEAD, *head, *(markdown(section) for section in sections)]

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from stores import new_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_core.law import SamplingLaw
+from ppo_core.models import ActorCritic
 from ppo_core.types import Sequences
 from tasks import ppo
+from tasks.inspection import Inspector
 from tasks.params import Params, load_params
 from tasks.preference_models import load_base
 from tasks.responders import Responders
@@ -70,6 +73,7 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
             run.next_cycle()
         write_metrics("ppo", run.finish(), workspace)
         trained = run._ready().model.language_model_logprobs(some_texts())
+        valued = values(run._ready().model, run.examiner.law)
         weights = run.folder.weights(2)
 
     # evaluated
@@ -79,6 +83,12 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
     responders.reference("test")
     before = responders.model.language_model_logprobs(some_texts())
     assert (before - trained).abs().max() > 0.01
+
+    # inspected
+    inspector = Inspector(params, workspace, [])
+    inspector.become(None)
+    torch.testing.assert_close(values(inspector.model, inspector.law), valued, atol=1e-4, rtol=1e-3)
+    assert valued.abs().min() > 0
 
     # stored
     policy = AutoModelForCausalLM.from_pretrained(workspace.policy)
@@ -124,6 +134,12 @@ def changed(workspace: Workspace, ppo_section: dict[str, Any]) -> Params:
     plain = tiny._merge(tiny.tiny_params(), {"ppo": ppo_section})
     workspace.params.write_text(json.dumps(plain), encoding="utf-8")  # JSON is YAML
     return load_params(workspace.params)
+
+
+@torch.no_grad()
+def values(model: ActorCritic, law: SamplingLaw) -> torch.Tensor:
+    texts = some_texts()
+    return model.evaluate(model.activations(texts), texts, law).values
 
 
 def some_texts() -> Sequences:
