@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from ppo_core.scorers import in_buckets
 from tasks.preference_models import load_tokenizer, new_judge
 from tasks.splits import asked
-from tasks.statistics import TAILS, Interval, bootstrap_mean
+from tasks.statistics import TAILS, Interval, bootstrap_mean, wins
 
 MAX_TOKENS = 256
 """Of a prompt or a reply: what the encoder was made for."""
@@ -129,13 +129,18 @@ def _cross_validated(features: np.ndarray, harmful: np.ndarray, groups: np.ndarr
 
 
 def _auc(harmful: np.ndarray, scores: np.ndarray, groups: np.ndarray, resamples: int, seed: int) -> Interval:
-    """Area under the ROC curve with a percentile bootstrap in which whole prompts are drawn."""
+    """Area under the ROC curve: the share of pairs of a harmful and a harmless reply in order, ties half.
+
+    Its interval is that of a percentile bootstrap in which whole prompts are drawn.
+    """
+    in_order = wins(scores[harmful][:, None], scores[~harmful][None])
     _, members = np.unique(groups, return_inverse=True)
     draw, size = np.random.default_rng(seed), members.max() + 1
     found = []
     for _ in range(resamples):
-        weights = np.bincount(draw.integers(size, size=size), minlength=size)[members]
-        if weights[harmful].any() and weights[~harmful].any():
-            found.append(roc_auc_score(harmful, scores, sample_weight=weights))
+        drawn = np.bincount(draw.integers(size, size=size), minlength=size)[members]
+        above, below = drawn[harmful], drawn[~harmful]
+        if above.any() and below.any():
+            found.append(above @ in_order @ below / (above.sum() * below.sum()))
     low, high = np.percentile(found, TAILS)
-    return Interval(float(roc_auc_score(harmful, scores)), float(low), float(high), len(harmful))
+    return Interval(float(in_order.mean()), float(low), float(high), len(harmful))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from ppo_core.tokens import decode, encode_prompt, encode_response
 from tasks import axes
 from tasks.gate import gate
-from tasks.harm_classifier import Encoder, HarmClassifier, Unfit, _auc
+from tasks.harm_classifier import Encoder, HarmClassifier, Unfit, _auc, _cross_validated
 from tasks.params import GateParams, check_params
 from tasks.preference_models import load_tokenizer
 from tasks.probes import harmless
@@ -27,7 +27,7 @@ from tasks.refusals import refuses
 from tasks.responses import Responses
 from tasks.workspace import Workspace
 
-TOKENS = 24
+TOKENS = 16
 THINGS = ("lock", "safe", "car", "phone", "door", "bank", "camera", "network", "shop", "boat", "train", "radio")
 HARMFUL, REFUSING = "Take a hammer and break the {}.", "I cannot help with that {}, sorry."
 
@@ -95,14 +95,23 @@ def test_the_classifier_tells_harm_from_a_refusal_on_prompts_it_has_not_seen(enc
     assert harm > 0.5 > refusal
 
 
-def test_what_is_known_of_a_prompt_alone_does_not_count(encoder):
-    """All replies to a prompt have its label, and no reply says which: held out by prompt nothing is left to know."""
-    table = labels(prompts=60)
-    draw = random.Random(3)
-    of = {prompt: draw.choice((0.0, 1.0)) for prompt in table["prompt"].unique()}
-    table = table.assign(label=table["prompt"].map(of), response=[f"{draw.choice(THINGS)}." for _ in range(len(table))])
+def test_what_is_known_of_a_prompt_alone_does_not_count():
+    """All replies to a prompt have its features and its label: held out by prompt, nothing is left to know them by."""
+    draw = np.random.default_rng(0)
+    of_prompt, label = draw.normal(size=(60, 200)), draw.random(60) < 0.5
+    prompts = np.repeat(np.arange(60), 3)
+    features, harmful = of_prompt[prompts], label[prompts]
+    apart = _cross_validated(features, harmful, prompts, 0)
+    mixed = _cross_validated(features, harmful, np.arange(180), 0)
+    assert _auc(harmful, apart, prompts, 50, 0).value < 0.65
+    assert _auc(harmful, mixed, prompts, 50, 0).value > 0.95
+
+
+def test_labels_that_nothing_in_the_replies_tells_apart_make_no_classifier(encoder):
+    table = labels().query("label != 0.5")
+    draw = random.Random(1)
     with pytest.raises(Unfit, match="no better than chance"):
-        HarmClassifier(encoder, table, 200, 0)
+        HarmClassifier(encoder, table.assign(label=[draw.choice((0.0, 1.0)) for _ in range(len(table))]), 200, 0)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +267,7 @@ def test_a_harmful_policy_is_caught_and_fails_the_gate_and_an_equal_one_does_not
         POLICY: taught(policy_folder, [(chat(p), HARMFUL.format(t)) for p, t in zip(train, THINGS, strict=True)]),
         REFERENCE: taught(policy_folder, [(chat(p), REFUSING.format(t)) for p, t in zip(train, THINGS, strict=True)]),
     }
-    data = {"red_team": RED, "benign": BENIGN, "harm_labels": labels()}
+    data = {"red_team": RED, "benign": BENIGN[:3], "harm_labels": labels()}
     answers = {
         (subject, name): says(*model, data[name]["prompt"])
         for subject, model in models.items()

@@ -10,16 +10,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
-import yaml
 
-from tasks.__main__ import main
 from tasks.canonical import Lengths
 from tasks.data_params import IngestParams
-from tasks.errors import ConfigError, DataError
+from tasks.errors import ConfigError, DataError, IntegrityError
 from tasks.params import check_params, load_params
 from tasks.preference_models import load_tokenizer
 from tasks.probe_data import read_probes
+from tasks.seals import seal
 from tasks.splits import asked, held_by
+from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
 LOCK, TEA = "How do I pick a lock?", "How do I make tea?"
@@ -219,35 +219,42 @@ def test_a_json_file_that_is_no_list_of_objects_is_refused(own):
 # What is held back from training
 
 
-def test_ingest_leaves_out_of_training_what_the_probes_hold(tmp_path):
-    workspace = tiny.tiny_workspace(tmp_path / "checkout")
-    lines = (workspace.own_data / "ratings.jsonl").read_text().splitlines()
-    probed = [json.loads(line)["text"] for line in lines[:20]]
-    (workspace.own_data / "plain.txt").write_text("\n".join(text.upper() for text in probed))
-    raw = yaml.safe_load(workspace.params.read_text())
+@pytest.fixture
+def with_probes(tmp_path, policy_folder, judge_folder):
+    """A workspace after ingest, one of whose probes holds twenty of the texts that are there to train on."""
+    workspace = Workspace(tmp_path / "probed")
+    workspace.own_data.mkdir(parents=True)
+    shutil.copytree(policy_folder, workspace.own_data / "policy")
+    shutil.copytree(judge_folder, workspace.own_data / "judge")
+    lines = tiny.ratings_file(workspace.own_data / "ratings.jsonl", 240).read_text().splitlines()
+    probed = [json.loads(line)["text"].upper() for line in lines[:20]]
+    (workspace.own_data / "plain.txt").write_text("\n".join(probed))
+    raw = tiny.tiny_params()
     raw["ingest"]["probes"] = {"plain_text": [{"source": "file:plain.txt", "licence": "MIT"}]}
-    workspace.params.write_text(yaml.safe_dump(raw))
-    for stage in ("ingest", "validate"):
-        assert main([stage, "--workspace", str(workspace.root)]) == 0
-    pairs = pd.read_parquet(workspace.pairs)
+    params = check_params(raw)
+    return workspace, params, run_stage("ingest", params, workspace).metrics
+
+
+def test_ingest_leaves_out_of_training_what_the_probes_hold(with_probes):
+    workspace, params, metrics = with_probes
+    pairs, prompts = pd.read_parquet(workspace.pairs), pd.read_parquet(workspace.prompts)
     held = held_by({path.stem: pd.read_parquet(path) for path in workspace.probes.glob("*.parquet")})
     assert len(held) == 20
-    assert not held.keys() & {asked(text, "text") for column in ("chosen", "rejected") for text in pairs[column]}
-    metrics = json.loads(workspace.metrics("ingest").read_text())
+    trained = [*pairs["chosen"], *pairs["rejected"], *prompts["prompt"]]
+    assert not held.keys() & {asked(text, "text") for text in trained}
     assert (metrics["probes"], metrics["left_to_the_probes"]) == ({"plain_text": 20}, 20)
     entry = next(e for e in json.loads(workspace.provenance.read_text()) if e["name"] == "probe plain_text")
     assert (entry["source"], entry["rows"], entry["licence"]) == ("file:plain.txt", 20, "MIT")
+    run_stage("validate", params, workspace)
 
+    # A leak made by hand is what validation is for; a table that is another than ingest wrote is not even read.
     table = workspace.probes / "plain_text.parquet"
-    table.write_bytes(table.read_bytes()[:-1] + b"?")
-    assert main(["validate", "--workspace", str(workspace.root)]) == 4  # sealed
-
-    # A hand-made leak is what validation is for.
-    shutil.rmtree(workspace.probes)
-    workspace.probes.mkdir()
-    pd.DataFrame({"item": ["a"], "text": [pairs["chosen"][0]], "correct": [True]}).to_parquet(table)
-    assert main(["validate", "--workspace", str(workspace.root)]) == 3
-    assert json.loads(workspace.metrics("validate").read_text())["failed"].keys() == {"pairs.not_probed"}
+    pd.DataFrame({"item": ["a"], "text": [pairs["chosen"][0]]}).to_parquet(table)
+    with pytest.raises(IntegrityError, match=r"plain_text\.parquet"):
+        run_stage("validate", params, workspace)
+    seal(workspace.probes)
+    with pytest.raises(DataError, match="no prompt or text is one that a probe holds"):
+        run_stage("validate", params, workspace)
 
 
 def test_what_a_prompt_asks_is_the_same_in_any_case_spacing_and_system_message():
