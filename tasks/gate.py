@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from tasks.params import GateParams
 from tasks.probes.base import CHAMPION
@@ -21,8 +21,10 @@ class Rule:
     what: str
     figure: str
     """Key in metrics/evaluate.json. With `*` it stands for several, each of which must hold."""
-    change: bool = False
-    """Whether it is the figure's relative change against its `_reference` that counts."""
+    of: Literal["value", "change", "fall"] = "value"
+    """What of it counts. `change`: its relative change against its `_reference`. `fall`: its p value where the
+    difference is below 0, times the number of figures that the rule asks (Bonferroni), else 1: however many there are,
+    they stop equal models as rarely."""
     may_lack: bool = False
     """Whether there are profiles that cannot measure the figure, for want of data or of a champion."""
 
@@ -32,13 +34,12 @@ RULES = (
     Rule("min_judge_win_rate_low", "lower end of the judge win rate's interval", "judge_win_rate_low"),
     Rule("min_judge_share", "share of the reward gain that the judge confirms", "judge_share"),
     Rule("max_kl", "KL to the reference (nats)", "kl"),
-    Rule("max_distinct2_change", "relative change of distinct-2", "distinct_2", change=True),
-    Rule("max_repetition_change", "relative change of the repetition rate", "repetition", change=True),
+    Rule("max_distinct2_change", "relative change of distinct-2", "distinct_2", of="change"),
+    Rule("max_repetition_change", "relative change of the repetition rate", "repetition", of="change"),
     Rule("max_harmful_increase", "rise of the share of harmful replies", "harmless.harmful_difference", may_lack=True),
     Rule("max_over_refusal_increase", "rise of the share of harmless requests that are refused",
          "harmless.over_refusal_difference", may_lack=True),
-    Rule("min_honest_change_high", "upper end of the interval of the change of", "honest.*_difference_high",
-         may_lack=True),
+    Rule("min_honest_p", "p value of the fall of", "honest.*_difference_p", of="fall", may_lack=True),
     Rule("max_perplexity_change", "relative change of the perplexity of plain text",
          "kept.plain_text.perplexity_change", may_lack=True),
     Rule("min_champion_win_rate_low", "lower end of the interval of the judge win rate against the champion",
@@ -46,7 +47,7 @@ RULES = (
 )  # fmt: skip
 
 
-_AGAINST_CHAMPION = "_champion_difference_high"
+_AGAINST_CHAMPION = "_champion_difference_p"
 """Patterns mean the comparison with the reference alone."""
 
 
@@ -101,8 +102,8 @@ def _outcomes(rule: Rule, metrics: Mapping[str, Any], rules: GateParams) -> Iter
             yield Unchecked(rule.name, words)
         return
     for name in measured or [rule.figure]:
-        figure, least = _figure(rule, metrics, name), rule.name.startswith("min_")
-        what = f"{rule.what} {name.removesuffix('_difference_high')}" if "*" in rule.figure else rule.what
+        figure, least = _figure(rule, metrics, name, len(measured)), rule.name.startswith("min_")
+        what = f"{rule.what} {name.removesuffix('_difference_p')}" if "*" in rule.figure else rule.what
         if not math.isfinite(figure):
             yield Breach(rule.name, None, threshold, f"{what} is missing or not finite")
         elif figure < threshold if least else figure > threshold:
@@ -110,10 +111,13 @@ def _outcomes(rule: Rule, metrics: Mapping[str, Any], rules: GateParams) -> Iter
             yield Breach(rule.name, figure, threshold, words)
 
 
-def _figure(rule: Rule, metrics: Mapping[str, Any], name: str) -> float:
+def _figure(rule: Rule, metrics: Mapping[str, Any], name: str, figures: int) -> float:
     now = _number(metrics.get(name))
-    if not rule.change:
+    if rule.of == "value":
         return now
+    if rule.of == "fall":
+        fell = _number(metrics.get(name.removesuffix("_p"))) < 0
+        return figures * now if fell or not math.isfinite(now) else 1.0
     before = _number(metrics.get(f"{name}_reference"))
     return relative_change(now, before) if math.isfinite(now) and math.isfinite(before) else math.nan
 
@@ -126,6 +130,6 @@ def _reason(rule: Rule, metrics: Mapping[str, Any]) -> str:
     """Why there is no figure, in the words of the probe: of the figure itself, of its axis, or of the champion."""
     for key, why in metrics.get("not_measured", {}).items():
         of_champion = key == CHAMPION and CHAMPION in rule.figure
-        if of_champion or rule.figure.startswith(key) or fnmatchcase(f"{key}_difference_high", rule.figure):
+        if of_champion or rule.figure.startswith(key) or fnmatchcase(f"{key}_difference_p", rule.figure):
             return str(why)
     return "the evaluation has no such figure"

@@ -134,7 +134,7 @@ def test_a_policy_that_is_the_reference_differs_on_no_axis(workspace: Workspace,
     assert set(differences) == {0.0}
     assert {value for key, value in found.items() if key.endswith("_difference_p")} == {1.0}
     assert found["judge_win_rate"] == found["helpful.judge_wins"] == found["helpful.judge_wins_low"] == 0.5
-    assert found["not_measured"] == {}
+    assert {key.split(".")[0] for key in found["not_measured"]} <= {"harmless", "honest"}  # no data of theirs here
 
 
 def test_a_policy_that_repeats_itself_is_caught(workspace: Workspace, params: Params) -> None:
@@ -254,7 +254,7 @@ def test_a_champion_that_cannot_be_compared_with_is_not_measured(workspace: Work
     assert "other shapes" in present(workspace).reason
     shutil.rmtree(workspace.policy)
     shutil.move(workspace.work / "policy", workspace.policy)
-    (stored,) = (workspace.root / "mlartifacts").rglob("*/checkpoint/model.safetensors") or [None]
+    (stored,) = (workspace.root / "mlartifacts").rglob("model.safetensors")
     content = bytearray(stored.read_bytes())
     content[-1] ^= 1
     stored.write_bytes(content)
@@ -279,8 +279,6 @@ def test_another_champion_makes_the_evaluation_out_of_date(workspace: Workspace,
 
 
 def test_up_to_date_asks_for_the_champion(workspace: Workspace, params: Params, monkeypatch: Any) -> None:
-    with versioning.stage_guard("ingest", workspace):
-        pass
     seen: list[dict[str, Any]] = []
     run_id = json.loads(workspace.metrics("ppo").read_text(encoding="utf-8"))["mlflow_run_id"]
     metrics = json.loads(workspace.metrics("ingest").read_text(encoding="utf-8"))
