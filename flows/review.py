@@ -28,7 +28,7 @@ from flows import lifecycle
 from flows.artifacts import mlflow_address
 from flows.background import meanwhile
 from tasks.comparison import DIFFERENCE, FIGURES, VERSION
-from tasks.errors import ServiceError
+from tasks.errors import ProximalError
 from tasks.pages import markdown_table
 from tasks.workspace import Workspace
 
@@ -81,10 +81,11 @@ def wait_for_decision(name: str, version: int, workspace: str, hours: float) -> 
 
 
 def waiting_candidate(workspace: Workspace) -> tuple[str, int] | None:
-    """Registered model and version that the register stage left here, if that is the candidate."""
+    """Registered model and version that the register stage left here, if that waits for a decision."""
     registered = json.loads(workspace.metrics("register").read_text(encoding="utf-8"))
     name, version = registered["model_name"], int(registered["model_version"])
-    return (name, version) if _Registry.look(workspace, name).candidate == version else None
+    now = _Registry.look(workspace, name)
+    return (name, version) if now.candidate == version != now.champion else None
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _end(run_id: UUID, workspace: Workspace, name: str, seen: _Registry, hours: 
                     why = f"nobody answered within {hours:g} hours"
                 if why:
                     client.resume_flow_run(run_id, {"decision": "later", "reason": why[:1000], "reviewer": "nobody"})
-            except (httpx.HTTPError, ServiceError) as error:
+            except (httpx.HTTPError, ProximalError) as error:
                 log.debug("cannot see whether the review is over: %s", error)
 
 

@@ -75,6 +75,7 @@ def _decisions(client: MlflowClient, name: str, last: int) -> Iterator[str]:
 
 
 def _waiting(client: MlflowClient, name: str) -> Iterator[str]:
-    if candidate := registry.with_alias(client, name, registry.CANDIDATE):
+    candidate, champion = (registry.with_alias(client, name, a) for a in (registry.CANDIDATE, registry.CHAMPION))
+    if candidate and (champion is None or champion.version != candidate.version):
         how = f"python -m tasks promote {candidate.version} --reason ..., or reject"
         yield f"\nversion {candidate.version} waits for a decision: {how}"

@@ -264,11 +264,8 @@ def test_what_dead_processes_left_open_is_closed(stages: Stages, place: Workspac
     gone = {**tags, "proximal.pid": str(dead.pid)}
     left = client.create_flow_run(pipeline.align, state=prefect.states.Running())
     client.update_flow_run_labels(left.id, gone | {gpu.LEASE: lease})
-    waited = client.create_flow_run(
-        review.wait_for_decision,
-        {"name": "m", "version": 1, "workspace": "/", "hours": 1.0},
-        state=prefect.states.Paused(),
-    )
+    asked = {"name": "m", "version": 1, "workspace": "/", "hours": 1.0}
+    waited = client.create_flow_run(review.wait_for_decision, parameters=asked, state=prefect.states.Paused())
     client.update_flow_run_labels(waited.id, gone)
     alive = client.create_flow_run(pipeline.align, state=prefect.states.Running())
     client.update_flow_run_labels(alive.id, tags)

@@ -196,11 +196,15 @@ def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: 
     write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9})
     register.run(params(), evaluated)
     assert bearer(evaluated, "champion") == 1
-    card = client(evaluated).get_model_version_by_alias(NAME, "candidate").description
-    assert "Champion (version 1)" in card
-    (row,) = [line for line in card.splitlines() if "Judge win rate" in line]
-    assert "0.9" in row
-    assert "0.82" in row
+    version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
+    assert "Champion (version 1)" in version.description
+    assert "those of its own evaluation" in version.description
+    (row,) = [line for line in version.description.splitlines() if "Judge win rate" in line]
+    assert row.split("|")[2].startswith(" 0.9")
+    assert [cell.strip() for cell in row.split("|")[5:7]] == ["0.820", "+0.080"]
+    tags = version.tags
+    assert (tags["champion.version"], tags["champion.difference.judge_win_rate"]) == ("1", "+0.08")
+    assert tags["champion.difference.kl"] == "+0"
 
 
 def test_a_stage_that_has_not_run_is_named(evaluated: Workspace) -> None:

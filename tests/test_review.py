@@ -156,6 +156,8 @@ def test_without_an_answer_it_goes_on_being_the_candidate(place: Workspace, clie
 
 def test_nobody_is_asked_where_there_is_no_candidate_or_no_wish(place: Workspace, client: SyncPrefectClient) -> None:
     assert pipeline.align(None, str(place.root)) == str(place.root)
+    mlflow(place).set_registered_model_alias(NAME, "champion", "3")  # by hand: it bears both
+    assert pipeline.align(None, str(place.root), review=True, review_hours=0.05) == str(place.root)
     mlflow(place).delete_registered_model_alias(NAME, "candidate")
     assert pipeline.align(None, str(place.root), review=True, review_hours=0.05) == str(place.root)
     assert runs_of(client, review.NAME, place) == []
