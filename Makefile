@@ -24,8 +24,9 @@ align: $(VENV)/ready
 ui: $(VENV)/ready
 	@$(BIN)/python -m flows.ui
 
+# A process for each core; the tests of a file stay together, because they share what its fixtures make.
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 faults: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "fault and not gpu"
