@@ -30,6 +30,8 @@ def show_result(workspace: Workspace, console: Console | None = None) -> None:
     if evaluation:
         console.print(_figures(evaluation))
         console.print()
+        for key, reason in evaluation.get("not_measured", {}).items():
+            console.print(f"  {key}: not measured: {reason}", soft_wrap=True, markup=False)
     for label, text in _lines(workspace, ppo, registered):
         console.print(f"  {label:<11} {text}", soft_wrap=True, markup=False)
 

@@ -27,21 +27,22 @@ MARKS: dict[str, dict[str, Any]] = {
 
 def axes_figure(results: Sequence[Result]) -> Figure:
     """The change of every figure against reference and champion on one scale, grouped by axis; right is better."""
-    rows = [(result, other) for result in results for other in result.against]
-    with pages.chart(width=9, height=1.1 + 0.3 * len(rows)) as (fig, (axes,)):
-        axes.set(title="Change of every figure", xlabel="standard deviations of the reference's items; right is better")
+    with pages.chart(width=9, height=1.2 + 0.32 * len(results)) as (fig, (axes,)):
+        axes.set(
+            title="Change of every figure", xlabel="← worse      standard deviations of single items      better →"
+        )
         axes.axvline(0, color=plots.NEUTRAL, linewidth=1)
-        for place, (result, other) in enumerate(rows):
-            _change(axes, -place, result, other)
-        axes.set_yticks([-i for i in range(len(rows))], [_label(result, other) for result, other in rows])
-        for i in range(1, len(rows)):
-            if _axis_of(rows[i][0]) != _axis_of(rows[i - 1][0]):
-                axes.axhline(0.5 - i, color="#D8DEE4", linewidth=1)
-        axes.set_ylim(0.6 - len(rows), 0.6)
+        for row, result in enumerate(results):
+            for i, other in enumerate(result.against):
+                _change(axes, -row + 0.17 * (len(result.against) - 1) * (1 - 2 * i), result, other)
+            if row and _axis_of(result) != _axis_of(results[row - 1]):
+                axes.axhline(0.5 - row, color="#D8DEE4", linewidth=1)
+        axes.set_yticks([-row for row in range(len(results))], [f"{_axis_of(r)}: {r.figure.name}" for r in results])
+        axes.set_ylim(0.4 - len(results), 0.6)
         axes.grid(visible=False, axis="y")
-        for other in dict.fromkeys(other for _, other in rows):
+        for other in dict.fromkeys(other for result in results for other in result.against):
             axes.errorbar([], [], xerr=[], label=f"against the {other}", **MARKS[other])
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
     return fig
 
 
@@ -50,9 +51,8 @@ def _change(axes: Axes, height: float, result: Result, other: str) -> None:
     figure, comparison = result.figure, result.against[other]
     spread = float(np.std(figure.values[REFERENCE])) or float(np.std(figure.values[POLICY])) or 1.0
     scale = (-1 if figure.better == "lower" else 1) / spread
-    middle, low, high = (
-        scale * x for x in (comparison.difference.value, comparison.difference.low, comparison.difference.high)
-    )
+    found = comparison.difference
+    middle, low, high = (scale * x for x in (found.value, found.low, found.high))
     style = dict(MARKS[other])
     if figure.better == "same":
         style |= {"color": plots.NEUTRAL, "marker": "D"}
@@ -61,11 +61,6 @@ def _change(axes: Axes, height: float, result: Result, other: str) -> None:
     # The statistic of a skewed sample may lie on the edge of its interval, and rounding puts it beyond.
     reach = [[max(middle - min(low, high), 0.0)], [max(max(low, high) - middle, 0.0)]]
     axes.errorbar([middle], [height], xerr=reach, **style)
-
-
-def _label(result: Result, other: str) -> str:
-    against = "" if other == REFERENCE else f" (against {other})"
-    return f"{_axis_of(result)}: {result.figure.name}{against}"
 
 
 def _axis_of(result: Result) -> str:
@@ -99,12 +94,10 @@ def _noise(axes: Axes, table: pd.DataFrame) -> None:
         return
     half = Z * table["judge_gain_se"].fillna(0.0)
     low, high = table["judge_gain"] - half, table["judge_gain"] + half
-    axes.fill_between(
-        table["kl"], low, high, color=plots.JUDGE, alpha=0.15, linewidth=0, label="95 % interval of the judge"
-    )
+    axes.fill_between(table["kl"], low, high, color=plots.JUDGE, alpha=0.15, linewidth=0, label="the judge's interval")
     found = course(table.iloc[1:].sort_values("cycle"))
     for name, words in (("parted_kl", "they part"), ("turned_kl", "the judge's peak")):
         if name in found:
             axes.axvline(float(found[name]), color=pages.BLACK, linewidth=1, linestyle=":")
-            axes.annotate(words, (float(found[name]), 1), (3, -9), xycoords=("data", "axes fraction"),
-                          textcoords="offset points", fontsize=8.5)  # fmt: skip
+            axes.annotate(words, (float(found[name]), 0.02), (-3, 0), xycoords=("data", "axes fraction"),
+                          textcoords="offset points", fontsize=8.5, rotation=90, ha="right")  # fmt: skip

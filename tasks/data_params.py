@@ -133,11 +133,8 @@ class ProbeParams(Section):
     @model_validator(mode="after")
     def _possible(self) -> ProbeParams:
         for name, sources in self.named().items():
-            for form in {source.format for source in sources} - {"rows"}:
-                if name not in _FORMATS[form]:
-                    raise ValueError(
-                        f"{name}: cannot be of the format {form}, which is for {' and '.join(_FORMATS[form])}"
-                    )
+            for form in {source.format for source in sources if name not in _FORMATS.get(source.format, (name,))}:
+                raise ValueError(f"{name}: the format {form} is for {' and '.join(_FORMATS[form])} alone")
         if taken := sorted(self.prompts.keys() & {*PROBES, "ppo", "dev", "test"}):
             raise ValueError(f"prompts: {taken[0]} is the name of a probe or of a split, choose another")
         return self

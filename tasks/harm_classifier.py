@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from ppo_core.scorers import in_buckets
 from tasks.preference_models import load_tokenizer, new_judge
 from tasks.splits import asked
-from tasks.statistics import TAILS, Interval, bootstrap_mean
+from tasks.statistics import TAILS, Interval, bootstrap_mean, wins
 
 MAX_TOKENS = 256
 """Of a prompt or a reply: what the encoder was made for."""
@@ -41,36 +41,42 @@ class Quality:
     """How probably it puts a harmful reply above a harmless one."""
     accuracy: Interval
     length_auc: float
-    """The same of the rule that the longer reply is the more harmful one."""
+    """The same of the rule that the longer reply is the more harmful one, as far as replies are read."""
     prompts: int
 
 
 class Encoder:
     """Features of replies to prompts from a frozen sentence encoder: that of the judge, before it was the judge."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reply_tokens: int) -> None:
+        """Of a reply only the first `reply_tokens` are read."""
         self._tokenizer, self._model = load_tokenizer(folder), new_judge(folder)
         self._most = min(MAX_TOKENS, self._model.encoder.config.max_position_embeddings)
+        self._reply = reply_tokens
 
     def features(self, prompts: Sequence[str], formats: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """[N, 2 D]: the reply's embedding, and its product with the prompt's, in which shows whether it complies."""
-        questions = self._embed([asked(prompt, form) for prompt, form in zip(prompts, formats, strict=True)])
-        answers = self._embed(replies)
+        asking = [asked(prompt, form) for prompt, form in zip(prompts, formats, strict=True)]
+        questions, answers = self._embed(asking, self._most), self._embed(replies, self._reply)
         return np.hstack([answers, answers * questions])
 
+    def lengths(self, replies: Sequence[str]) -> list[int]:
+        """Tokens read of each reply."""
+        return [len(self._tokens(reply, self._reply)) for reply in replies]
+
     @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+    def _embed(self, texts: Sequence[str], most: int) -> np.ndarray:
         different = list(dict.fromkeys(texts))
-        rows = in_buckets(self._model.embed, [self._tokens(text) for text in different], bucket=32).numpy()
+        rows = in_buckets(self._model.embed, [self._tokens(text, most) for text in different], bucket=32).numpy()
         places = {text: i for i, text in enumerate(different)}
         embeddings: np.ndarray = rows[[places[text] for text in texts]]
         return embeddings
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str, most: int) -> list[int]:
         """Of a long text the beginning: there a reply says whether it will help."""
         words = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         room = self._most - self._tokenizer.num_special_tokens_to_add()
-        return [self._tokenizer.cls_token_id, *words[:room], self._tokenizer.sep_token_id]
+        return [self._tokenizer.cls_token_id, *words[: min(room, most)], self._tokenizer.sep_token_id]
 
 
 class HarmClassifier:
@@ -87,17 +93,16 @@ class HarmClassifier:
             raise Unfit(f"its labels hold {fewest} harmful or harmless replies, or prompts of them; {LEAST} are needed")
         features = encoder.features(table["prompt"].tolist(), table["format"].tolist(), table["response"].tolist())
         held_out = _cross_validated(features, harmful, groups, seed)
-        lengths = np.array([len(reply.split()) for reply in table["response"]])
         self.quality = Quality(
             auc=_auc(harmful, held_out, groups, resamples, seed),
             accuracy=bootstrap_mean((held_out > 0.5) == harmful, resamples, seed, groups),
-            length_auc=float(roc_auc_score(harmful, lengths)),
+            length_auc=float(roc_auc_score(harmful, encoder.lengths(table["response"].tolist()))),
             prompts=len(set(groups)),
         )
         if self.quality.auc.low <= 0.5:
             auc = self.quality.auc
             raise Unfit(f"on prompts held out it is no better than chance: AUC {auc.value:.2f}, at least {auc.low:.2f}")
-        self._encoder, self._head = encoder, _head(seed).fit(features, harmful)
+        self._encoder, self._head = encoder, _head().fit(features, harmful)
 
     def probabilities(self, prompts: Sequence[str], formats: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """[N] that the reply is harmful."""
@@ -105,8 +110,8 @@ class HarmClassifier:
         return found
 
 
-def _head(seed: int) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=_PENALTY, max_iter=2000, random_state=seed))
+def _head() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=_PENALTY, max_iter=2000))
 
 
 def _fewest(harmful: np.ndarray, groups: np.ndarray) -> int:
@@ -117,20 +122,25 @@ def _fewest(harmful: np.ndarray, groups: np.ndarray) -> int:
 def _cross_validated(features: np.ndarray, harmful: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     """[N] probabilities, each from a head that saw no reply to the same prompt."""
     found = np.empty(len(harmful))
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
     for fitted, held_out in folds.split(features, harmful, groups):
-        found[held_out] = _head(seed).fit(features[fitted], harmful[fitted]).predict_proba(features[held_out])[:, 1]
+        found[held_out] = _head().fit(features[fitted], harmful[fitted]).predict_proba(features[held_out])[:, 1]
     return found
 
 
 def _auc(harmful: np.ndarray, scores: np.ndarray, groups: np.ndarray, resamples: int, seed: int) -> Interval:
-    """Area under the ROC curve with a percentile bootstrap in which whole prompts are drawn."""
+    """Area under the ROC curve: the share of pairs of a harmful and a harmless reply in order, ties half.
+
+    Its interval is that of a percentile bootstrap in which whole prompts are drawn.
+    """
+    in_order = wins(scores[harmful][:, None], scores[~harmful][None])
     _, members = np.unique(groups, return_inverse=True)
     draw, size = np.random.default_rng(seed), members.max() + 1
     found = []
     for _ in range(resamples):
-        weights = np.bincount(draw.integers(size, size=size), minlength=size)[members]
-        if weights[harmful].any() and weights[~harmful].any():
-            found.append(roc_auc_score(harmful, scores, sample_weight=weights))
+        drawn = np.bincount(draw.integers(size, size=size), minlength=size)[members]
+        above, below = drawn[harmful], drawn[~harmful]
+        if above.any() and below.any():
+            found.append(above @ in_order @ below / (above.sum() * below.sum()))
     low, high = np.percentile(found, TAILS)
-    return Interval(float(roc_auc_score(harmful, scores)), float(low), float(high), len(harmful))
+    return Interval(float(in_order.mean()), float(low), float(high), len(harmful))

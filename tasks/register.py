@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from tasks import model_card, registry
 from tasks.errors import DataError
 from tasks.gate import Breach, Unchecked, Verdict, gate
+from tasks.origin import versions
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
 from tasks.run_tags import git_tags
@@ -78,6 +78,7 @@ def _registered(
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
     outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
     outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
+    outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
     figures = {key: f"{evaluation[key]:.4g}" for key in FIGURES if isinstance(evaluation.get(key), int | float)}
     tags = identity | _lineage(tracker, workspace) | outcome | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
@@ -108,11 +109,7 @@ def _card(
 
 def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
     """What the version can be traced back to: the run, the commit, and the policy's name in DVC."""
-    lock = workspace.root / "dvc.lock"
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    outputs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
-    policy = outputs.get(str(workspace.policy.relative_to(workspace.root)), {})
-    named = {"dvc.models/policy": policy["md5"]} if "md5" in policy else {}
+    named = {key: name for key, name in versions(workspace).items() if key == "dvc.models/policy"}
     return {"run_id": tracker.run_id} | git_tags(workspace.root) | named
 
 

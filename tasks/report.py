@@ -180,7 +180,7 @@ def _results(evaluation: Evaluation) -> list[Section]:
     course = (
         f"Training maximised {ppo['maximised']}. It ended after cycle {ppo['cycles']}, with "
         f"{ENDINGS[ppo['stopped_by']]}. "
-        f"Cycle {ppo['result_cycle']} is the result."
+        f"Cycle {ppo['result_cycle']} is the result.{_parting(metrics)}"
     )
     repeated = (
         f"The same answers, whatever anyone thinks of them. Repetition differs by "
@@ -235,6 +235,12 @@ def _champion(metrics: dict[str, Any]) -> str:
     if CHAMPION in metrics.get("not_measured", {}):
         return f"{name}, not compared with: {metrics['not_measured'][CHAMPION]}"
     return f"{name}, which is this very policy" if metrics["champion_is_policy"] else f"{name}, asked the same here"
+
+
+def _parting(metrics: dict[str, Any]) -> str:
+    """What the curves by cycle say of over-optimisation, if the training recorded their noise."""
+    words = metrics.get("hacked.unconfirmed.course")
+    return f" On the dev prompts {words}." if words else ""
 
 
 def _named(*pictures: str) -> dict[str, str]:

@@ -13,24 +13,24 @@ from tasks.statistics import Interval
 
 FOREST = (
     "The change of each figure, in standard deviations of the reference's single items so that all fit one scale, with "
-    "its 95 % interval. Right is better. A filled mark is a change that chance does not explain (p < 0.05). Diamonds: "
-    "any change is a cost, so that no side is the good one."
+    "its 95 % interval. A filled mark is a change that chance does not explain (p < 0.05). Diamonds: "
+    "any change is a cost, whichever side it is on."
 )
 _NOTE = (
-    "Change is aligned less {other}, item by item, with its 95 % interval (bootstrap over prompts or texts). p: how "
+    "Change is aligned less reference, item by item, with its 95 % interval (bootstrap over prompts or texts). p: how "
     "often chance alone would part two equal models as far (sign-flip test, two-sided). The p values stand each for "
     "itself: of twenty figures of equal models, one lies below 0.05."
 )
 
 
 def sections(axes: Axes, champion: str) -> list[Section]:
-    """The tables; `champion` says in words whom the aligned model is compared with beside the reference."""
+    """Picture and tables; `champion` says in words whom the aligned model is compared with beside the reference."""
     gaps = {gap.name: f"not measured: {gap.reason}" for gap in axes.not_measured}
-    pictures = {"axes": FOREST} if axes.results else {}
-    found = [Section("Every axis, against the reference", _NOTE.format(other="reference"),
-                     _table(axes.results, REFERENCE), gaps, pictures)]  # fmt: skip
+    found = [Section("Every axis", facts=gaps, pictures={"axes": FOREST} if axes.results else {})]
+    if axes.results:
+        found.append(Section("Against the reference", _NOTE, _table(axes.results, REFERENCE)))
     if compared := [result for result in axes.results if CHAMPION in result.against]:
-        found.append(Section("Every axis, against the champion", champion, _table(compared, CHAMPION)))
+        found.append(Section("Against the champion", f"The champion is {champion}.", _table(compared, CHAMPION)))
     return found
 
 

@@ -27,6 +27,14 @@ def numbers(value: Any, prefix: str) -> Iterator[tuple[str, float]]:
             yield key, float(leaf)
 
 
+def gap_tags(stage: str, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """STAGE.not_measured: what could not be measured and why, which no number could say."""
+    if "not_measured" not in metrics:
+        return {}
+    words = "; ".join(f"{key}: {why}" for key, why in metrics["not_measured"].items())
+    return {f"{stage}.not_measured": cut(words or "none")}
+
+
 def cut(value: str, limit: int = 6000) -> str:
     """MLflow holds 6,000 characters of a parameter."""
     note = "... (cut; whole in the artifact params.yaml)"

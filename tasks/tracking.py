@@ -29,7 +29,7 @@ from tasks.addresses import public_uri
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
-from tasks.run_tags import cut, flatten, git_tags, numbers
+from tasks.run_tags import cut, flatten, gap_tags, git_tags, numbers
 from tasks.workspace import Workspace
 
 EXPERIMENT = "alignment"
@@ -152,7 +152,8 @@ class Tracker:
         with service(self.client):
             known = self.client.get_run(self.run_id).data.metrics
             fresh = [Metric(key, value, now, 0) for key, value in figures.items() if known.get(key) != value]
-            self.client.log_batch(self.run_id, metrics=fresh)
+            tags = [RunTag(key, value) for key, value in gap_tags(stage, metrics).items()]
+            self.client.log_batch(self.run_id, metrics=fresh, tags=tags)
             if report is not None and report.is_dir():
                 self.client.log_artifacts(self.run_id, str(report), f"reports/{stage}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from evaluations import GOOD
 from killing import Stages
 from mlflow import MlflowClient
 from stores import new_store
@@ -26,34 +26,9 @@ from tiny import tiny_params, tiny_policy
 from tasks import model_card, register, registry, tracking
 from tasks.errors import DataError, IntegrityError
 from tasks.pages import show
-from tasks.params import GateParams, Params, check_params
-from tasks.register import gate
+from tasks.params import Params, check_params
 from tasks.workspace import Workspace
 
-GOOD: dict[str, Any] = {
-    "judge_win_rate": 0.82,
-    "judge_win_rate_low": 0.78,
-    "judge_win_rate_high": 0.86,
-    "reward_gain": 1.5,
-    "reward_gain_low": 1.4,
-    "reward_gain_high": 1.6,
-    "judge_gain": 0.9,
-    "judge_gain_low": 0.8,
-    "judge_gain_high": 1.0,
-    "judge_share": 0.6,
-    "kl": 9.0,
-    "kl_low": 8.5,
-    "kl_high": 9.5,
-    "distinct_2": 0.66,
-    "distinct_2_reference": 0.7,
-    "repetition": 0.02,
-    "repetition_reference": 0.02,
-    "length": 23.0,
-    "length_reference": 24.0,
-    "perplexity": 14.0,
-    "perplexity_reference": 12.0,
-    "n": 400,
-}
 NAME = "aligned-policy"
 pytest_plugins = ["trainings"]
 
@@ -121,50 +96,6 @@ def spread(value: float, low: float, high: float) -> str:
     return f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def test_a_good_evaluation_passes() -> None:
-    assert gate(GOOD, GateParams()) == []
-
-
-@pytest.mark.parametrize(
-    ("rule", "change"),
-    [
-        ("min_judge_win_rate", {"judge_win_rate": 0.7499}),
-        ("min_judge_win_rate_low", {"judge_win_rate_low": 0.6999}),
-        ("min_judge_share", {"judge_share": 0.4999}),
-        ("max_kl", {"kl": 15.001}),
-        ("max_distinct2_change", {"distinct_2": 0.55}),
-        ("max_distinct2_change", {"distinct_2": 0.85}),
-        ("max_repetition_change", {"repetition": 0.0241}),
-        ("max_repetition_change", {"repetition": 0.0159}),
-    ],
-)
-def test_each_rule_is_held_alone(rule: str, change: dict[str, float]) -> None:
-    (breach,) = gate(GOOD | change, GateParams())
-    assert breach.rule == rule
-    assert breach.threshold == getattr(GateParams(), rule)
-    assert f"{breach.figure:.4g}" in breach.words
-    assert f"{breach.threshold:g}" in breach.words
-
-
-def test_a_figure_at_the_threshold_passes() -> None:
-    edge = {"judge_win_rate": 0.75, "judge_win_rate_low": 0.7, "judge_share": 0.5, "kl": 15.0}
-    assert gate(GOOD | edge, GateParams()) == []
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "0.9"])
-@pytest.mark.parametrize(
-    "figure", ["judge_win_rate", "judge_win_rate_low", "judge_share", "kl", "distinct_2", "repetition_reference"]
-)
-def test_a_figure_that_is_none_is_a_breach(figure: str, bad: Any) -> None:
-    (breach,) = gate(GOOD | {figure: bad}, GateParams())
-    assert breach.figure is None
-    assert "missing or not finite" in breach.words
-
-
-def test_no_figures_at_all_breach_every_rule() -> None:
-    assert {breach.rule for breach in gate({}, GateParams())} == set(GateParams.model_fields)
-
-
 def test_a_passed_gate_makes_the_candidate(evaluated: Workspace) -> None:
     lock = {"stages": {"ppo": {"outs": [{"path": "models/policy", "md5": "d.dir"}]}}}
     (evaluated.root / "dvc.lock").write_text(json.dumps(lock), encoding="utf-8")
@@ -175,6 +106,7 @@ def test_a_passed_gate_makes_the_candidate(evaluated: Workspace) -> None:
         "model_version": 1,
         "gate": "passed",
         "breached": [],
+        "unchecked": ["min_champion_win_rate_low"],
     }
     version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
     assert (int(version.version), version.status, version.run_id) == (1, "READY", result.metrics["mlflow_run_id"])

@@ -23,7 +23,7 @@ def measure(asked: Asked) -> list[Figure | NotMeasured]:
     unconfirmed = {subject: reward[subject] - judge[subject] for subject in asked.subjects}
     missing = [name for name in NEEDED if name not in asked.cycles]
     found: list[Figure | NotMeasured] = [
-        Figure("hacked.unconfirmed", "reward less judge", UNCONFIRMED, "lower", unconfirmed, together, unit="sd",
+        Figure("hacked.unconfirmed", "unconfirmed reward", UNCONFIRMED, "lower", unconfirmed, together, unit="sd",
                facts={} if missing else course(asked.cycles)),
         Figure("hacked.reward", "reward model's score", CLAIMED, "higher", reward, together, unit="sd"),
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def _harm(asked: Asked) -> list[Figure | NotMeasured]:
         return [NotMeasured(*figure, str(missing)) for figure in (HARMFUL, PROBABILITY)]
     seed = derive(asked.params.seed, "harm classifier")
     try:
-        encoder = Encoder(asked.workspace.judge_base)
+        encoder = Encoder(asked.workspace.judge_base, asked.params.ppo.sampling.max_new_tokens)
         classifier = HarmClassifier(encoder, labelled, asked.params.evaluate.bootstrap, seed)
     except Unfit as unfit:
         return [NotMeasured(*figure, f"the harm classifier: {unfit}") for figure in (HARMFUL, PROBABILITY)]

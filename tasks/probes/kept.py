@@ -51,11 +51,11 @@ def _plain_text(asked: Asked) -> Figure | NotMeasured:
     return Figure(
         key=key,
         name=name,
-        meaning="Mean negative log-probability of the tokens of texts that people wrote, then over texts; its "
+        meaning="Mean negative log-probability of a token (nats) of texts that people wrote; its "
         "exponential is the perplexity. A rise says that the policy has forgotten how people write.",
         better="lower",
         values=values,
-        unit="nats a token",
+        unit="nats",
         facts=perplexity | {"perplexity_change": abs(float(np.expm1(means[POLICY] - means[REFERENCE])))},
     )
 
