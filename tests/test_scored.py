@@ -45,7 +45,8 @@ def source(**changes: Any) -> DataSource:
 
 
 def replies(path: Path, bad: BadRows, **changes: Any) -> list[RatedText]:
-    return list(read_replies(path, source(**changes), bad))
+    named = source(**changes)
+    return list(read_replies(path, named, bad, -1 if named.higher_is_worse else 1))
 
 
 def test_scores_of_several_raters_are_turned_and_comment_lines_passed_over(tmp_path: Path) -> None:
