@@ -48,16 +48,13 @@ def reading(comparison: Comparison, better: str) -> str:
     return "worse" if comparison.worse(better) else "better"
 
 
-def value(x: float, unit: str, signed: bool = False) -> str:
-    """A figure with its unit; differences of shares are in percentage points."""
-    sign = "+" if signed else ""
-    if unit == "share":
-        return f"{100 * x:{sign}.1f} {'pp' if signed else '%'}"
-    return f"{x:{sign}.3g} {unit}" if abs(x) < 100 else f"{x:{sign}.0f} {unit}"
+def value(x: float, unit: str) -> str:
+    """A figure with its unit."""
+    return f"{100 * x:.1f} %" if unit == "share" else f"{x:.3g} {unit}" if abs(x) < 100 else f"{x:.0f} {unit}"
 
 
 def between(interval: Interval, unit: str) -> str:
-    """A difference and its interval."""
+    """A difference and its interval; of shares, in percentage points."""
     scale, places = (100, 1) if unit == "share" else (1, 2 if unit != "tokens" else 1)
     low, high = (f"{scale * end:+.{places}f}" for end in (interval.low, interval.high))
     return f"{scale * interval.value:+.{places}f} {'pp' if unit == 'share' else unit} [{low}, {high}]"

@@ -254,7 +254,9 @@ def test_a_champion_that_cannot_be_compared_with_is_not_measured(workspace: Work
     assert "other shapes" in present(workspace).reason
     shutil.rmtree(workspace.policy)
     shutil.move(workspace.work / "policy", workspace.policy)
-    (stored,) = (workspace.root / "mlartifacts").rglob("model.safetensors")
+    registered = client(workspace).get_model_version(NAME, str(version))
+    with registry.stored_checkpoint(client(workspace), registered) as folder:
+        stored = folder / "model.safetensors"
     content = bytearray(stored.read_bytes())
     content[-1] ^= 1
     stored.write_bytes(content)

@@ -66,7 +66,7 @@ def test_what_has_no_data_is_not_measured_and_the_rest_is(tmp_path: Path) -> Non
     def absent(asked: Any) -> list[Figure | NotMeasured]:
         raise Missing("nobody labelled any")
 
-    found = axes.measure(asked(tmp_path), 20, 1, {**PROBES, "harmless": absent})
+    found = axes.measure(asked(tmp_path), 20, 1, {"kept": PROBES["kept"], "harmless": absent})
     assert found.metrics["not_measured"] == {
         "kept.plain_text": "ingest.probes names no data plain_text",
         "harmless": "nobody labelled any",
