@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tasks import comparison, model_card, registry, trail
+from tasks import champion_tags, model_card, registry, trail
 from tasks.errors import DataError
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
@@ -82,7 +82,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             registry.verify_version(tracker.client, version, workspace.policy)
             evidence = _evidence(tracker, workspace, metrics, rules, breaches, version)
             tracker.client.update_model_version(name, version.version, description=model_card.write(evidence))
-            for key, value in comparison.tags(metrics["evaluate"], evidence.champion).items():
+            for key, value in champion_tags.tags(metrics["evaluate"], evidence.champion).items():
                 tracker.client.set_model_version_tag(name, version.version, key, value)
             if not breaches and not evidence.decisions:  # a person has the last word
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
@@ -122,7 +122,7 @@ def _registered(
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
     verdict = {"gate": _verdict(breaches), "breached": ", ".join(breach.rule for breach in breaches) or "none"}
     figures = {
-        key: f"{evaluation[key]:.4g}" for key in comparison.FIGURES if isinstance(evaluation.get(key), int | float)
+        key: f"{evaluation[key]:.4g}" for key in champion_tags.FIGURES if isinstance(evaluation.get(key), int | float)
     }
     tags = identity | _lineage(tracker, workspace) | verdict | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
@@ -148,7 +148,7 @@ def _evidence(
         breaches=[breach.words for breach in breaches],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
-        champion=comparison.champion_of(metrics["evaluate"], other),
+        champion=champion_tags.champion_of(metrics["evaluate"], other),
         lineage=_lineage(tracker, workspace),
         decisions=[str(decision) for decision in trail.about(number, decisions)],
     )
