@@ -27,7 +27,7 @@ from pydantic import Field
 from flows import lifecycle
 from flows.artifacts import mlflow_address
 from flows.background import meanwhile
-from tasks.comparison import DIFFERENCE, FIGURES, VERSION
+from tasks.champion_tags import DIFFERENCE, FIGURES, VERSION
 from tasks.errors import ProximalError
 from tasks.pages import markdown_table
 from tasks.workspace import Workspace

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.comparison import FIGURES, Champion, difference
+from tasks.champion_tags import FIGURES, Champion, difference
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 from tasks.preference_models import label
@@ -116,7 +116,7 @@ def _results(evidence: Evidence) -> str:
         + ([champion.figures.get(key), _signed(difference(found, champion, key))] if champion else [])
         for key, label in labels.items()
     ]
-    own = "\nThe champion's figures are those of its own evaluation.\n"
+    own = "\nWhat was not measured of the champion on these prompts is from its own evaluation.\n"
     note = own if champion and not champion.measured else ""
     prompts = show(found.get("n"))
     return f"### Results on {prompts} test prompts, with 95 % intervals\n\n{markdown_table(headers, rows)}{note}"

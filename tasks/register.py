@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks import comparison, model_card, registry, trail
+from tasks import champion_tags, model_card, registry, trail
 from tasks.errors import DataError
 from tasks.gate import Breach, Unchecked, Verdict, gate
 from tasks.origin import versions
@@ -47,7 +47,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             registry.verify_version(tracker.client, version, workspace.policy)
             evidence = _evidence(tracker, workspace, metrics, rules, verdict, version)
             tracker.client.update_model_version(name, version.version, description=model_card.write(evidence))
-            for key, value in comparison.tags(metrics["evaluate"], evidence.champion).items():
+            for key, value in champion_tags.tags(metrics["evaluate"], evidence.champion).items():
                 tracker.client.set_model_version_tag(name, version.version, key, value)
             if not verdict.breaches and not evidence.decisions:  # a person has the last word
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
@@ -80,7 +80,7 @@ def _registered(
     outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
     outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
     figures = {
-        key: f"{evaluation[key]:.4g}" for key in comparison.FIGURES if isinstance(evaluation.get(key), int | float)
+        key: f"{evaluation[key]:.4g}" for key in champion_tags.FIGURES if isinstance(evaluation.get(key), int | float)
     }
     tags = identity | _lineage(tracker, workspace) | outcome | figures
     return registry.create_version(client, name, model, tags, "Policies aligned to human preferences by Proximal.")
@@ -107,7 +107,7 @@ def _evidence(
         unchecked=[rule.words for rule in verdict.unchecked],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
-        champion=comparison.champion_of(metrics["evaluate"], other),
+        champion=champion_tags.champion_of(metrics["evaluate"], other),
         lineage=_lineage(tracker, workspace),
         decisions=[str(decision) for decision in trail.about(number, decisions)],
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks import registry, trail
-from tasks.comparison import DIFFERENCE
+from tasks.champion_tags import DIFFERENCE
 from tasks.params import load_params
 from tasks.registry import ModelVersion
 from tasks.tracking import connect, service, store_exists

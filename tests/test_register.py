@@ -198,7 +198,7 @@ def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: 
     assert bearer(evaluated, "champion") == 1
     version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
     assert "Champion (version 1)" in version.description
-    assert "those of its own evaluation" in version.description
+    assert "from its own evaluation" in version.description
     (row,) = [line for line in version.description.splitlines() if "Judge win rate" in line]
     assert row.split("|")[2].startswith(" 0.9")
     assert [cell.strip() for cell in row.split("|")[5:7]] == ["0.820", "+0.080"]

@@ -28,17 +28,18 @@ class Champion:
     version: str
     figures: Mapping[str, float]
     measured: bool
-    """On the same prompts, by the same evaluation; else the figures are those of its own evaluation."""
+    """All on the same prompts, by the same evaluation; else some figures are those of its own evaluation."""
 
 
 def champion_of(evaluation: Mapping[str, Any], champion: ModelVersion | None) -> Champion | None:
-    """What is known of the champion: measured by this evaluation if it was this champion, else its own tags."""
+    """The champion's figures: what this evaluation measured of it, and for the rest its tags."""
     if champion is None:
         return None
-    number, measured = str(champion.version), str(evaluation.get("champion_version")) == str(champion.version)
-    found = {key.removesuffix("_champion"): value for key, value in evaluation.items() if key.endswith("_champion")}
-    figures = {k: float(v) for k, v in found.items() if isinstance(v, int | float)} if measured else _tagged(champion)
-    return Champion(number, figures, measured)
+    number, figures, measured = str(champion.version), _tagged(champion), {}
+    if str(evaluation.get("champion_version")) == number:
+        found = {key.removesuffix("_champion"): value for key, value in evaluation.items() if key.endswith("_champion")}
+        measured = {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+    return Champion(number, figures | measured, measured.keys() >= FIGURES.keys())
 
 
 def difference(evaluation: Mapping[str, Any], champion: Champion, key: str) -> float | None:
