@@ -31,6 +31,7 @@ from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
 from tasks.run_tags import cut, flatten, gap_tags, git_tags, numbers
 from tasks.workspace import Workspace
+from tasks.workspace_lock import in_turn
 
 EXPERIMENT = "alignment"
 FINGERPRINT = "proximal.fingerprint"
@@ -182,9 +183,8 @@ class Tracker:
         known = self.client.get_run(self.run_id).data
         given = {key: cut(str(value)) for key, value in flatten(dump_params(self._params))}
         changed = {key: given.get(key, "not set") for key, value in known.params.items() if given.get(key) != value}
-        for key in known.tags:
-            if key.startswith(CHANGED) and key.removeprefix(CHANGED) not in changed:
-                self.client.delete_tag(self.run_id, key)
+        for key in (k for k in known.tags if k.startswith(CHANGED) and k.removeprefix(CHANGED) not in changed):
+            self.client.delete_tag(self.run_id, key)
         # Code that matters is part of the fingerprint: the commit at which the run began goes on being true.
         code = {key: value for key, value in git_tags(self._workspace.root).items() if key not in known.tags}
         tags = code | process_tags() | {CHANGED + key: value for key, value in changed.items()}
@@ -193,7 +193,8 @@ class Tracker:
         for start in range(0, len(fresh), 100):  # the most that MLflow takes at once
             self.client.log_batch(self.run_id, params=fresh[start : start + 100])
         self.client.log_dict(self.run_id, dump_params(self._params), "params.yaml")
-        self.client.log_inputs(self.run_id, list(_datasets(self._workspace)))
+        with in_turn(self._workspace.registry_lock):  # MLflow fails where two add the same data set at once
+            self.client.log_inputs(self.run_id, list(_datasets(self._workspace)))
         self._monitor.start()
 
     def _catch_up(self) -> None:

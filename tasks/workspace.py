@@ -131,7 +131,7 @@ class Workspace:
 
     @property
     def registry_lock(self) -> Path:
-        """Held while a version is made and named candidate: worktrees share the registry."""
+        """Held while MLflow's registry, which worktrees share, is looked at and then changed."""
         return self.main_root / "work" / "registry.lock"
 
     @cached_property

@@ -75,6 +75,7 @@ def staged(monkeypatch):
     monkeypatch.setattr(evaluate, "Responders", staged.asked)
     monkeypatch.setattr(evaluate, "Tracker", staged.tracker)
     monkeypatch.setattr(evaluate.champion, "present", staged.present)
+    monkeypatch.setattr(evaluate.inspection, "drawn_prompts", lambda *asked: [])  # there is no model to look into
     return staged
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -77,10 +78,10 @@ def test_the_policy_that_was_trained_is_the_one_that_is_evaluated_and_served(
         weights = run.folder.weights(2)
 
     # evaluated
-    responders = Responders(params, workspace)
-    assert (responders.policy("test").kl != 0).any()
+    responders = Responders(params, workspace, pd.read_csv(workspace.cycles_csv))
+    assert (responders.responses("policy", "test").kl != 0).any()
     torch.testing.assert_close(responders.model.language_model_logprobs(some_texts()), trained, atol=1e-4, rtol=0)
-    responders.reference("test")
+    responders.responses("reference", "test")
     before = responders.model.language_model_logprobs(some_texts())
     assert (before - trained).abs().max() > 0.01
 
