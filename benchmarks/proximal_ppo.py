@@ -77,7 +77,7 @@ def new_trainer(kind: str, work: Work, dtype: str, folder: Path) -> Trainer:
     reward = RewardModel(trunk, clone(top), base.config.hidden_size, 2)
     torch.nn.init.normal_(reward.head.linear.weight, std=0.02)
     law = SamplingLaw(config.sampling, work.stop_tokens())
-    return Trainer(model, ModelReward(reward, model), work.prompts(256), config, seed=3, law=law, pad=2)
+    return Trainer(model, ModelReward(reward, model), work.prompts(BATCH), config, seed=3, law=law, pad=2)
 
 
 def _products_seconds(trainer: Trainer, kind: str, work: Work, dtype: torch.dtype) -> float | None:

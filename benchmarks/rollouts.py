@@ -18,6 +18,7 @@ from tasks import environment
 environment.prepare()
 
 import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks import limits  # noqa: E402
 from benchmarks.work import RESPONSE, WORKS  # noqa: E402
@@ -38,8 +39,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--model", type=Path, default=Path("models/base"))
     args = parser.parse_args()
-    model = load_causal_lm(args.model, arithmetic(args.dtype))
-    ours, theirs = _ours(model), _generate(model)
+    dtype = arithmetic(args.dtype)
+    model = load_causal_lm(args.model, dtype)
+    plain = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True).eval()
+    ours, theirs = _ours(model), _generate(plain)
     ours(32), theirs(32)
     pairs = [(ours(32), theirs(32)) for _ in range(args.pairs)]
     # The weights of layers and output layer are read once for every token of the batch.

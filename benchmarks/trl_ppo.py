@@ -111,7 +111,8 @@ def new_trainer(work: Work, folder: Path, iterations: int, clock: Clock) -> PPOT
         save_strategy="no",
         disable_tqdm=True,
     )
-    data = Dataset.from_dict({"input_ids": work.prompts(BATCH * iterations)})
+    # The same prompts in each iteration, as for the other contestants.
+    data = Dataset.from_dict({"input_ids": work.prompts(BATCH)})
     return PPOTrainer(
         args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
         value_model=value, train_dataset=data, eval_dataset=data, callbacks=[clock],

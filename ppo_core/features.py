@@ -5,6 +5,7 @@ Shapes: B batch, R response, N response tokens that count, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ppo_core.decoder import LMHead
 from ppo_core.law import SamplingLaw
-from ppo_core.logprobs import logprobs_and_entropy
+from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.types import ResponseTokens
 
 CHUNK = 256
@@ -49,13 +50,22 @@ def law_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: Sam
 
     Without a gradient, the logits of a chunk at a time are all that is held.
     """
-    parts = [
-        logprobs_and_entropy(law.restricted(head(hidden[rows]), part), part.ids, law.temperature)
-        for rows in chunks(len(tokens))
-        for part in [tokens.part(rows)]
-    ]
-    logprobs, entropy = zip(*parts, strict=True)
+    found = [logprobs_and_entropy(logits, ids, law.temperature) for logits, ids in _chunked(head, hidden, tokens, law)]
+    logprobs, entropy = zip(*found, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
+
+
+def logprobs_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> Tensor:
+    """The first of the above, for less."""
+    return torch.cat(
+        [token_logprobs(logits, ids, law.temperature) for logits, ids in _chunked(head, hidden, tokens, law)]
+    )
+
+
+def _chunked(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in chunks(len(tokens)):
+        part = tokens.part(rows)
+        yield law.restricted(head(hidden[rows]), part), part.ids
 
 
 def chunks(n: int) -> list[slice]:

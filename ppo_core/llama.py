@@ -38,45 +38,31 @@ def obstacle_to_packing(decoders: Sequence[Any]) -> str | None:
     return None
 
 
-class LlamaLayers:
-    """The layers of consecutive stacks of one model, packed for decoding."""
-
-    @torch.no_grad()
-    def __init__(self, decoders: Sequence[Any]) -> None:
-        first = decoders[0]
-        self.embed, self.rotary = first.embed_tokens, first.rotary_emb
-        self.stacks = [([_Packed(layer) for layer in decoder.layers], decoder.norm) for decoder in decoders]
-        self.depth = sum(len(layers) for layers, _ in self.stacks)
-        self.groups, self.width = first.config.num_key_value_heads, first.layers[0].self_attn.head_dim
-
-    @torch.no_grad()
-    def start(self) -> LlamaDecoding:
-        """A decoding of a new batch with the weights as they are now."""
-        for layers, _ in self.stacks:
-            for layer in layers:
-                layer.refresh()
-        return LlamaDecoding(self)
-
-
 class LlamaDecoding:
     """A batch on its way: tokens in, hidden states out, keys and values of what came before in a cache."""
 
-    def __init__(self, layers: LlamaLayers) -> None:
-        self.layers, self.length = layers, 0
-        self.cache: list[Tensor] = []
-        """One [2, B, G, C, d] a layer, keys and values; C is S rounded up to a whole number of blocks."""
+    @torch.no_grad()
+    def __init__(self, decoders: Sequence[Any]) -> None:
+        """`decoders` are consecutive stacks of one model; their weights are joined as they are now."""
+        first = decoders[0]
+        self.embed, self.rotary = first.embed_tokens, first.rotary_emb
+        self.stacks = [([_Packed(layer) for layer in decoder.layers], decoder.norm) for decoder in decoders]
+        self.groups, self.width = first.config.num_key_value_heads, first.layers[0].self_attn.head_dim
+        self.length = 0
+        self.cache: list[Tensor | None] = [None] * sum(len(layers) for layers, _ in self.stacks)
+        """[2, B, G, C, d] for each layer, keys and values; C is S rounded up to a whole number of blocks."""
 
     @torch.no_grad()
     def step(self, tokens: Tensor, attention: Tensor, positions: Tensor, trunk_only: bool = False) -> list[Tensor]:
         """The output [B, t, D] of each stack for the newest tokens [B, t]; `attention` covers all tokens so far."""
-        hidden, outputs, i = self.layers.embed(tokens), list[Tensor](), 0
+        hidden, outputs, i = self.embed(tokens), list[Tensor](), 0
         first, self.length = self.length, self.length + tokens.shape[1]
-        self._make_room(len(tokens), hidden)
         new = slice(first, self.length)
         rotation, allowed = self._rotation(hidden, positions), self._allowed(attention, new, hidden.dtype)
-        for layers, norm in self.layers.stacks[: 1 if trunk_only else None]:
+        for layers, norm in self.stacks[: 1 if trunk_only else None]:
             for layer in layers:
-                hidden = layer(hidden, rotation, allowed, self.cache[i], new)
+                self.cache[i] = cache = self._with_room(self.cache[i], hidden)
+                hidden = layer(hidden, rotation, allowed, cache, new)
                 i += 1
             hidden = norm(hidden)
             outputs.append(hidden)
@@ -84,27 +70,35 @@ class LlamaDecoding:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self.cache = [cache[:, rows] for cache in self.cache]
+        for i, cache in enumerate(self.cache):
+            self.cache[i] = None if cache is None else cache[:, rows]
 
-    def _make_room(self, batch: int, like: Tensor) -> None:
-        """Room for `length` tokens. Products read a cache as a whole, and faster if nothing lies between its rows."""
-        room = self.cache[0].shape[3] if self.cache else 0
-        if (lacking := self.length - room) > 0:
-            more = -(-lacking // BLOCK) * BLOCK
-            shape = (2, batch, self.layers.groups, room + more, self.layers.width)
-            old, self.cache = self.cache, [like.new_zeros(shape) for _ in range(self.layers.depth)]
-            for cache, before in zip(self.cache, old, strict=False):
-                cache[:, :, :, :room] = before
+    def _with_room(self, cache: Tensor | None, like: Tensor) -> Tensor:
+        """A layer's cache with room for `length` tokens.
+
+        It is read as a whole, which is faster if nothing lies between its rows: so it grows by blocks, and is copied.
+        """
+        room = 0 if cache is None else cache.shape[3]
+        if room >= self.length and cache is not None:
+            return cache
+        larger = like.new_zeros(2, len(like), self.groups, self._capacity, self.width)
+        if cache is not None:
+            larger[:, :, :, :room] = cache
+        return larger
+
+    @property
+    def _capacity(self) -> int:
+        return -(-self.length // BLOCK) * BLOCK
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, 1, t, d] of the positions; of the sines, the first half has its sign turned."""
-        cos, sin = self.layers.rotary(hidden, positions)
-        half = self.layers.width // 2
+        cos, sin = self.rotary(hidden, positions)
+        half = self.width // 2
         return cos.unsqueeze(1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(1)
 
     def _allowed(self, attention: Tensor, new: slice, dtype: torch.dtype) -> Tensor:
         """What each new token attends to, as numbers [B, 1, t, C] to be added to scores."""
-        places = torch.arange(self.cache[0].shape[3], device=attention.device)
+        places = torch.arange(self._capacity, device=attention.device)
         known = pad(attention, (0, len(places) - attention.shape[1]))
         causal = places <= places[new, None]
         allowed = known[:, None, None] & causal
@@ -126,10 +120,6 @@ class _Packed:
         self.qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
         self.scale, self.width = attention.scaling, attention.head_dim
-
-    def refresh(self) -> None:
-        self.qkv.refresh()
-        self.gate_up.refresh()
 
     def __call__(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, cache: Tensor, new: slice
@@ -167,18 +157,11 @@ class _Joined:
     """Linear layers of one input as one product."""
 
     def __init__(self, *parts: nn.Linear) -> None:
-        self.parts = parts
         self.weight = torch.cat([part.weight for part in parts])
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-    def refresh(self) -> None:
-        """Take over what training has made of the parts."""
-        torch.cat([part.weight for part in self.parts], out=self.weight)
-        if self.bias is not None:
-            torch.cat([part.bias for part in self.parts], out=self.bias)
 
 
 def _projections(layer: Any) -> list[Any]:

@@ -70,7 +70,8 @@ def policy_loss(
         clip_fraction = masked_mean((clipped > plain).to(loss.dtype), mask)
         approx_kl = masked_mean(kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3"), mask)
         true_ratio = counted(log_ratio.exp(), mask)
-        mean_ratio, largest = masked_mean(true_ratio, mask), true_ratio.max()
+        mean_ratio = masked_mean(true_ratio, mask)
+        largest = true_ratio.max() if true_ratio.numel() else torch.zeros_like(mean_ratio)
     return PolicyLoss(mean_loss(loss, mask, denominator), clip_fraction, approx_kl, mean_ratio, largest)
 
 

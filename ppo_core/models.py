@@ -18,7 +18,7 @@ from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig, SamplingConfig
 from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, prepared, same_weights, share, split
 from ppo_core.errors import ConfigError
-from ppo_core.features import Features, in_place, law_of_tokens
+from ppo_core.features import Features, in_place, law_of_tokens, logprobs_of_tokens
 from ppo_core.law import SamplingLaw
 from ppo_core.sampling import Sampler
 from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
@@ -215,9 +215,15 @@ class ActorCritic(nn.Module):
 
     def features(self, activations: Tensor, sequences: Sequences) -> Features:
         """What predicts and what values the response tokens, in one pass if the critic is shared."""
+        features = self.policy_features(activations, sequences)
+        if self.critic is None:
+            return features
+        return Features(features.policy, _before_tokens(self.critic, activations, sequences))
+
+    def policy_features(self, activations: Tensor, sequences: Sequences) -> Features:
+        """The same for what needs no values: a critic of its own is left out."""
         policy = _before_tokens(self.policy, activations, sequences)
-        critic = policy if self.critic is None else _before_tokens(self.critic, activations, sequences)
-        return Features(policy, critic)
+        return Features(policy, policy)
 
     def evaluate(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> TokenEvaluation:
         """Log-probabilities, entropies and values of the response tokens under policy and critic."""
@@ -235,15 +241,14 @@ class ActorCritic(nn.Module):
         if activations is None:
             activations = self.activations(sequences)
         hidden = _before_tokens(self.policy, activations, sequences)
-        logprobs, _ = law_of_tokens(self.policy_head, hidden, sequences.counted, SamplingLaw(SamplingConfig(), ()))
-        return in_place(logprobs, sequences.mask)
+        law = SamplingLaw(SamplingConfig(), ())
+        return in_place(logprobs_of_tokens(self.policy_head, hidden, sequences.counted, law), sequences.mask)
 
     @torch.no_grad()
     def reference_logprobs(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> Tensor:
         """Log-probabilities [B, R] of the response tokens under the reference."""
         hidden = _before_tokens(self.reference, activations, sequences)
-        logprobs, _ = law_of_tokens(self.reference_head, hidden, sequences.counted, law)
-        return in_place(logprobs, sequences.mask)
+        return in_place(logprobs_of_tokens(self.reference_head, hidden, sequences.counted, law), sequences.mask)
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:

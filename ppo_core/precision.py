@@ -35,11 +35,20 @@ class MasterWeights:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.working = list(parameters)
+        self.working = [parameter.requires_grad_(True) for parameter in parameters]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.working]
-        for parameter, master in zip(self.working, self.masters, strict=True):
-            if parameter is not master:
-                parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_collect, master))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(_collect, master))
+            for parameter, master in zip(self.working, self.masters, strict=True)
+            if parameter is not master
+        ]
+
+    def release(self) -> None:
+        """Freeze the parameters, and collect no more of their gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.working:
+            parameter.requires_grad_(False)
 
     def publish(self) -> None:
         """Round the masters into the parameters that compute."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -52,29 +53,26 @@ def fit(
     loss that is not finite.
     """
     weights = MasterWeights(scorer.trained())
-    for parameter in weights.working:
-        parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(weights.masters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, partial(learning_rate_factor, "cosine", warmup=max(1, steps // 10), horizon=steps)
     )
-    batches = _batches(pairs, batch_pairs, seed)
-    for step in range(steps):
-        batch = next(batches)
-        loss = _batch_loss(scorer, pairs, batch)
-        if not loss.isfinite():
-            raise TrainingHealthError(
-                f"the preference loss is {loss.item()} at step {step}", "reward_model", "lower the learning rate"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.masters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-        weights.publish()
-        on_step(step, loss.item())
-    for parameter in weights.working:
-        parameter.requires_grad_(False)
+    try:
+        for step, batch in enumerate(islice(_batches(pairs, batch_pairs, seed), steps)):
+            loss = _batch_loss(scorer, pairs, batch)
+            if not loss.isfinite():
+                raise TrainingHealthError(
+                    f"the preference loss is {loss.item()} at step {step}", "reward_model", "lower the learning rate"
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.masters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            schedule.step()
+            weights.publish()
+            on_step(step, loss.item())
+    finally:
+        weights.release()
 
 
 def _batch_loss(scorer: TextScorer, pairs: Pairs, batch: Sequence[int]) -> torch.Tensor:

@@ -12,11 +12,12 @@ from torch.nn.functional import pad as fill
 
 from ppo_core.decoder import Stack, takes_positions
 from ppo_core.law import SamplingLaw, kept_set, stack_sets
-from ppo_core.llama import LlamaDecoding, LlamaLayers, obstacle_to_packing
+from ppo_core.llama import LlamaDecoding, obstacle_to_packing
 from ppo_core.types import Samples, Sequences, pad_prompts
 
 log = logging.getLogger(__name__)
 
+_TINY = 1e-38
 LEAVING = 4
 """Once one row in so many has ended, those that have leave the batch: each time costs a copy of the cache."""
 
@@ -38,16 +39,13 @@ class Sampler:
                         module.layer_idx = i
 
         self.decoders: list[Any] = [stack.decoder for stack in (trunk, top) if stack is not None]
-        self.packed: LlamaLayers | None = None
-        if (obstacle := obstacle_to_packing(self.decoders)) is None:
-            log.info("sampling with packed layers: the model is built like Llama")
-            self.packed = LlamaLayers(self.decoders)
-        else:
-            log.info("sampling through transformers' own layers: %s", obstacle)
+        self.obstacle = obstacle_to_packing(self.decoders)
+        way = f"through transformers' own layers: {self.obstacle}"
+        log.info("sampling %s", way if self.obstacle else "with packed layers: the model is built like Llama")
 
     def start(self) -> Decoding | LlamaDecoding:
         """A decoding of a new batch."""
-        return Decoding(self.decoders) if self.packed is None else self.packed.start()
+        return Decoding(self.decoders) if self.obstacle else LlamaDecoding(self.decoders)
 
 
 class Decoding:
@@ -183,4 +181,4 @@ def inverse_cdf(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
     # The last sum is 1 only up to rounding. What is below it is exceeded, and first by a token that has probability.
     threshold = (uniforms.unsqueeze(1) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
-    return drawn.squeeze(1), probabilities.gather(1, drawn).log().squeeze(1)
+    return drawn.squeeze(1), probabilities.gather(1, drawn).clamp(min=_TINY).log().squeeze(1)

@@ -69,8 +69,6 @@ class Optimiser:
         self.model, self.config, self.law, self.ptx, self.pad = model, config, law, ptx, pad
         policy, critic = list(model.policy_weights().values()), model.critic_weights()
         self.weights = MasterWeights([*policy, *critic])
-        for parameter in self.weights.working:
-            parameter.requires_grad_(True)
         masters, update = self.weights.masters, config.update
         self._of_policy, self._of_critic = masters[: len(policy)], masters[len(policy) :]
         groups = [
@@ -186,7 +184,7 @@ class Optimiser:
             part = texts.rows(rows)
             written, which = part.counted, f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
             with self.model.training_pass():
-                features = self.model.features(self.model.activations(part), part)
+                features = self.model.policy_features(self.model.activations(part), part)
                 leaves = features.detached()
                 for chunk in chunks(len(written)):
                     logits = self.model.policy_head(leaves.policy[chunk])  # temperature 1, nothing left out

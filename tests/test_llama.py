@@ -12,7 +12,7 @@ from torch import Tensor
 from ppo_core import llama
 from ppo_core.config import ModelConfig
 from ppo_core.decoder import Stack, clone, split
-from ppo_core.llama import LlamaLayers, obstacle_to_packing
+from ppo_core.llama import LlamaDecoding, obstacle_to_packing
 from ppo_core.models import ActorCritic
 from ppo_core.sampling import Decoding, Sampler
 
@@ -77,13 +77,13 @@ def test_the_plain_path_says_the_same():
 
 def test_a_new_decoding_has_the_weights_as_they_are_then():
     model = tiny_model("Llama", attention_bias=True, mlp_bias=True)
-    layers = LlamaLayers([model.get_decoder()])
-    before = decoded(layers.start())[0]
+    decoders = [model.get_decoder()]
+    before = decoded(LlamaDecoding(decoders))[0]
     for name, parameter in model.named_parameters():
         if "proj" in name or "norm" in name:
             with torch.no_grad():
                 parameter.mul_(1.5)
-            now = decoded(layers.start())[0]
+            now = decoded(LlamaDecoding(decoders))[0]
             assert not torch.equal(now, before), name
             before = now
     torch.testing.assert_close(before[0], Stack(model.get_decoder())(*texts()[:2])[0], atol=1e-4, rtol=1e-4)
@@ -107,5 +107,4 @@ def test_what_is_packed_and_what_is_not(family: str, changes: dict[str, Any], wh
 
 def test_adapters_are_not_packed_away():
     model = ActorCritic(plain_model("Llama"), ModelConfig(trainable="lora", dtype="float32"))
-    assert model.sampler.packed is None
-    assert "adapter" in obstacle_to_packing(model.sampler.decoders)
+    assert "adapter" in model.sampler.obstacle

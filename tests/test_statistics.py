@@ -177,10 +177,12 @@ def test_the_order_of_the_prompts_changes_nothing():
     order = np.random.default_rng(0).permutation(len(reference.prompts))
 
     def shuffled(answers):
-        columns = {
-            k: v[order] if isinstance(v, np.ndarray) else [v[i] for i in order] for k, v in vars(answers).items()
-        }
-        return replace(answers, **columns)
+        def moved(column):
+            if isinstance(column, dict):
+                return {name: moved(part) for name, part in column.items()}
+            return column[order] if isinstance(column, np.ndarray) else [column[i] for i in order]
+
+        return replace(answers, **{name: moved(column) for name, column in vars(answers).items()})
 
     assert compare(shuffled(policy), shuffled(reference)) == pytest.approx(compare(policy, reference), abs=1e-12)
 
