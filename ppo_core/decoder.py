@@ -1,8 +1,8 @@
 """A causal LM of transformers, cut across its layers: a frozen trunk below, tops that differ above.
 
-Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. Everything runs
-through the model's own transformers code. A trunk of depth 0 is the identity on token ids: the tops are then whole
-models.
+Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. All but sampling
+(`llama`) runs through the model's own transformers code. A trunk of depth 0 is the identity on token ids: the tops are
+then whole models.
 
 Shapes: B batch, T position in prompt + response, D width, V vocabulary.
 """
