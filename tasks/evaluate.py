@@ -32,12 +32,12 @@ from tasks.statistics import (
     bootstrap_share,
     compare,
     distinct_n,
-    judge_differences,
     part_gains,
     relative_change,
     repetition,
     repetitions,
     same_length,
+    score_differences,
     wins,
 )
 from tasks.tracking import Tracker, service
@@ -79,6 +79,7 @@ def _evaluated(
         found = found.without(NotMeasured(CHAMPION, "against the champion", approved.reason))
     metrics = measure(answers[POLICY], answers[REFERENCE], resamples, seed, params.evaluate.seeds)
     metrics |= found.metrics | approved.facts | {"mlflow_run_id": ppo["mlflow_run_id"]}
+    del asked  # its models: the inspector loads its own
     prompts = inspection.drawn_prompts(params, workspace, TEST, params.evaluate.inspect)
     looked_at = inspector.blocks(inspection.inspect(params, workspace, prompts, inspection.COMPLETIONS))
     return report.Evaluation(
@@ -93,11 +94,11 @@ def measure(policy: Responses, reference: Responses, resamples: int, seed: int, 
     """
     n = len(policy.prompts) // seeds
     prompts = np.arange(len(policy.prompts)) % n
-    judge, reward = judge_differences(policy, reference), np.subtract(policy.reward, reference.reward, dtype=np.float64)
+    judge, reward = (score_differences(policy, reference, role) for role in ("judge", "reward"))
     repeated = {k: repetitions(policy.texts, k) - repetitions(reference.texts, k) for k in (1, 3)}
     means = {
         "judge_win_rate": wins(judge, np.zeros_like(judge)),
-        "reward_win_rate": wins(policy.reward, reference.reward),
+        "reward_win_rate": wins(reward, np.zeros_like(reward)),
         "reward_gain": reward,
         "judge_gain": judge,
         "kl": policy.kl,

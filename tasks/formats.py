@@ -240,4 +240,5 @@ _MENDS = {
     "list_type": "write a list",
     "float_type": "write a number",
     "finite_number": "write a finite number",
+    "string_pattern_mismatch": "use letters, digits, spaces and _ . - alone, 80 at most",
 }

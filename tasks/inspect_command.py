@@ -14,6 +14,8 @@ from tasks.seals import check_inputs
 from tasks.stages import machine_errors
 from tasks.workspace import Workspace
 
+SPLIT = "dev"
+"""Whoever looks at test prompts chooses by them, and what they measure is no longer held out."""
 PROMPTS = 3
 """Drawn where none are named."""
 
@@ -29,14 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help='a prompt, as text or as a JSON array of {"role", "content"}; may be repeated',
     )  # fmt: skip
     parser.add_argument(
-        "--split",
-        choices=("dev", "test"),
-        default="dev",
-        help="where prompts come from if none is given (default: dev)",
-    )
-    parser.add_argument(
         "--rows", type=_numbers, metavar="0,5,9",
-        help=f"which prompts of the split, counted from 0 (default: {PROMPTS} drawn by the seed)",
+        help=f"which dev prompts, counted from 0 (default: {PROMPTS} drawn by the seed)",
     )  # fmt: skip
     parser.add_argument(
         "--completions", type=_positive, default=COMPLETIONS, metavar="K",
@@ -78,10 +74,10 @@ def _prompts(args: argparse.Namespace, params: Params, workspace: Workspace) -> 
     if args.prompt:
         return [Prompt.of(text) for text in args.prompt]
     if args.rows is None:
-        return inspection.drawn_prompts(params, workspace, args.split, PROMPTS)
-    there = inspection.split_prompts(workspace, args.split)
+        return inspection.drawn_prompts(params, workspace, SPLIT, PROMPTS)
+    there = inspection.split_prompts(workspace, SPLIT)
     if beyond := [row for row in args.rows if row >= len(there)]:
-        raise ConfigError(f"no row {beyond[0]}", "--rows", f"{args.split} has rows 0 to {len(there) - 1}")
+        raise ConfigError(f"no row {beyond[0]}", "--rows", f"{SPLIT} has rows 0 to {len(there) - 1}")
     return [there[row] for row in args.rows]
 
 

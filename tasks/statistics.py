@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -72,13 +72,13 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (signs + 1) / 2
 
 
-def judge_differences(policy: Responses, reference: Responses) -> np.ndarray:
-    """The judge's score of the policy's answer minus that of the reference's, per prompt.
+def score_differences(policy: Responses, reference: Responses, role: Literal["judge", "reward"]) -> np.ndarray:
+    """What judge or reward model give the policy's answer minus what they give the reference's, per prompt.
 
     Equal texts differ by exactly 0: what the batch that scored them left in the last digit is no preference.
     """
     same = np.array(policy.texts, dtype=object) == np.array(reference.texts, dtype=object)
-    difference: np.ndarray = np.subtract(policy.judge, reference.judge, dtype=np.float64)
+    difference: np.ndarray = np.subtract(getattr(policy, role), getattr(reference, role), dtype=np.float64)
     return np.where(same, 0.0, difference)
 
 
@@ -150,8 +150,7 @@ def compare(policy: Responses, reference: Responses) -> dict[str, float]:
     """
     if policy.prompts != reference.prompts:
         raise ValueError("policy and reference answered different prompts")
-    judge = judge_differences(policy, reference)
-    reward = np.subtract(policy.reward, reference.reward, dtype=np.float64)
+    judge, reward = (score_differences(policy, reference, role) for role in ("judge", "reward"))
     reward_gain, judge_gain = float(reward.mean()), float(judge.mean())
     return {
         "judge_win_rate": float(wins(judge, np.zeros_like(judge)).mean()),

@@ -120,8 +120,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str:
-        identifier: str = self.run.info.run_id
-        return identifier
+        return str(self.run.info.run_id)
 
     def __enter__(self) -> Tracker:
         return self

@@ -20,10 +20,12 @@ from transformers import AutoTokenizer
 from ppo_core.rollout import CombinedReward, LengthReward
 from ppo_core.tokens import encode_response
 from ppo_core.types import Samples, Sequences
+from tasks import reward_model
 from tasks.errors import ConfigError
 from tasks.params import Params, check_params, load_params
 from tasks.preference_models import trained_names
 from tasks.rewards import described, new_reward
+from tasks.sources import digest
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
@@ -147,6 +149,19 @@ def test_each_named_reward_model_is_trained_on_its_own_sources(trained: Workspac
     weights = [load_file(trained.reward_model / name / "model.safetensors") for name in ("brief", "warm")]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert "reward model brief" in (trained.report("reward_model") / "report.md").read_text()
+
+
+def test_reward_models_that_cannot_be_written_leave_the_earlier_ones(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    before = digest(workspace.reward_model)
+    monkeypatch.setattr(reward_model.models, "save_scorer", full)
+    with pytest.raises(OSError, match="no space"):
+        reward_model.run(load_params(workspace.params), workspace)
+    assert digest(workspace.reward_model) == before
 
 
 def test_the_parts_reach_cycles_and_evaluation_each_in_units_of_human_text(workspace: Workspace) -> None:

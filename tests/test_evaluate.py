@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,25 @@ def test_the_summary_and_the_report_name_the_result(staged, trained):
     assert rate in (workspace.report("evaluate") / "report.md").read_text()
 
 
+def test_the_models_that_were_asked_are_gone_before_the_inspector_loads_its_own(staged, trained, monkeypatch):
+    workspace, params = trained
+    asked = []
+
+    def remembered(*given):
+        made = staged.asked(*given)
+        asked.append(weakref.ref(made))
+        return made
+
+    def inspect(*_):
+        assert [kept() for kept in asked] == [None]
+        return []
+
+    monkeypatch.setattr(evaluate, "Responders", remembered)
+    monkeypatch.setattr(evaluate.inspection, "inspect", inspect)
+    evaluate.run(params, workspace)
+    assert len(asked) == 1
+
+
 def test_every_figure_is_finite_and_lies_in_its_interval():
     reference = reference_answers()
     metrics = measure(better_answers(reference), reference, 200, seed=1)
@@ -148,6 +168,14 @@ def test_a_policy_that_is_the_reference_shows_nothing():
     assert (metrics["judge_win_rate_low"], metrics["judge_win_rate_high"]) == (0.5, 0.5)
     assert (metrics["reward_gain_low"], metrics["judge_gain_high"], metrics["judge_share_high"]) == (0, 0, 0)
     assert metrics["distinct_2_change"] == metrics["repetition_change"] == 0
+
+
+def test_the_last_digit_of_a_score_is_no_win_where_the_answers_are_equal():
+    reference = reference_answers()
+    policy = replace(reference, judge=reference.judge + 1e-7, reward=reference.reward + 1e-7)
+    metrics = measure(policy, reference, 50, seed=1)
+    assert metrics["judge_win_rate"] == metrics["reward_win_rate"] == 0.5
+    assert metrics["judge_gain"] == metrics["reward_gain"] == 0
 
 
 def test_changes_of_the_language_by_hand():

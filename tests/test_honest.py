@@ -74,6 +74,18 @@ def test_comparisons_are_a_figure_a_subset(tmp_path):
     assert figures["honest.hhh_honest"].baselines["the longer text"] == 0
 
 
+def test_comparisons_without_a_subset_are_a_figure_of_their_own(tmp_path):
+    table = choices(
+        ("a", "kind", True, "harmless"), ("a", "rude", False, "harmless"),
+        ("b", "yes", True, ""), ("b", "no", False, ""),
+    )  # fmt: skip
+    likely = dict(zip(table["text"], ([-1.0], [-2.0], [-2.0], [-1.0]), strict=True))
+    figures, _ = measured(asked_of(tmp_path, {POLICY: likely, REFERENCE: likely}, hhh=table, truthful=table))
+    assert figures["honest.hhh"].values[POLICY].tolist() == [0]
+    assert figures["honest.hhh_harmless"].values[POLICY].tolist() == [1]
+    assert figures["honest.truthful"].values[POLICY].tolist() == [1, 0]
+
+
 def test_statements_are_compared_in_their_pairs_and_with_all(tmp_path):
     rows = [("x", "ice is cold", True), ("x", "ice is hot", False), ("y", "two is even", True),
             ("y", "two is odd", False), ("z", "grass grows", True)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_a_function_scores_prompts_that_the_data_do_not_have(trained: Workspace,
 @pytest.mark.parametrize(
     ("prompt", "cycle", "message"),
     [
-        ("a", 7, "--cycle — no cycle 7 — there are 0 .* to 2"),
+        ("a", 7, "--cycle — no cycle 7 — there are 0 .* and 1 to 2"),
         ("a", -1, "no cycle -1"),
         ("long " * 250, None, "exceed the model's context of 256"),
         ('[{"role": "judge", "content": ""}]', None, "prompt .*role 'judge' is none of"),
@@ -167,6 +168,14 @@ def test_what_cannot_be_inspected_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         inspection.inspect(params, trained, [Prompt.of(prompt)], 1, cycle)
+
+
+def test_a_cycle_whose_critic_was_not_kept_is_not_offered(trained: Workspace, params: Params, tmp_path: Path) -> None:
+    place = Workspace(shutil.copytree(trained.root, tmp_path / "checkout"))
+    (critic,) = place.runs.glob(f"*/cycle_*1/{CRITIC}")
+    critic.unlink()
+    with pytest.raises(ConfigError, match=r"no cycle 1 — there are 0 .* and 2 to 2"):
+        inspection.inspect(params, place, [Prompt.of("a")], 1, 1)
 
 
 def test_prompts_as_a_person_types_them() -> None:
@@ -180,14 +189,14 @@ def test_the_command_writes_a_page(trained: Workspace, tmp_path: Path, capsys: p
     inspect_command.arguments(parser)
     out = tmp_path / "new" / "page.html"
     asked = ["--completions", "2", "--out", str(out)]
-    assert inspect_command.command(parser.parse_args(["--split", "test", "--rows", "3,0", *asked]), trained) == 0
+    assert inspect_command.command(parser.parse_args(["--rows", "3,0", *asked]), trained) == 0
     assert capsys.readouterr().out == f"{out}\n"
     page = out.read_text(encoding="utf-8")
-    rows = inspection.split_prompts(trained, "test")
+    rows = inspection.split_prompts(trained, "dev")
     assert page.index(rows[3].text) < page.index(rows[0].text)
     with pytest.raises(ConfigError, match="--rows — no row 99 — dev has rows 0 to 7"):
         inspect_command.command(parser.parse_args(["--rows", "99", *asked]), trained)
-    for wrong in (["--completions", "0"], ["--rows", "1,x"], ["--rows", "-1"]):
+    for wrong in (["--split", "test"], ["--completions", "0"], ["--rows", "1,x"], ["--rows", "-1"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
     assert "'1,x' is no list of rows such as 0,5,9" in capsys.readouterr().err

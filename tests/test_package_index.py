@@ -190,6 +190,13 @@ def test_a_name_that_climbs_out_is_refused(tmp_path):
     assert not list(tmp_path.rglob("evil.txt"))
 
 
+def test_the_top_of_an_archive_is_a_folder_too(tmp_path):
+    (tmp_path / "a.whl").write_bytes(wheel(("a.csv", b"1"), ("pkg/b.csv", b"2"), ("/etc/c.csv", b"3")))
+    out = archives.extract(tmp_path / "a.whl", "", tmp_path / "out")
+    found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.csv")}
+    assert found == {"a.csv": b"1", "pkg/b.csv": b"2", "etc/c.csv": b"3"}
+
+
 def test_links_in_an_archive_are_not_followed(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         link = tarfile.TarInfo("pkg/link.txt")

@@ -180,6 +180,18 @@ def test_every_bad_row_of_every_probe_is_reported_in_one_pass(own):
     assert [place for place in where if place.split(":")[1:]] == [f"data/own/{place}" for place in places]
 
 
+def test_a_subset_that_no_metric_can_be_called_by_is_refused(own):
+    comparison = {"prompt": TEA, "right": "With water.", "wrong": "With oil."}
+    own.write("mine.json", [comparison | {"subset": "kind & fair"}, comparison | {"subset": "Ehrlich-1.0 ja"}])
+    with pytest.raises(DataError, match=r"mine\.json:1:subset — .* — use letters, digits, spaces"):
+        own.read(hhh=[{"source": "file:mine.json"}])
+    task = {"examples": [{"input": LOCK, "target_scores": {"Ask a locksmith.": 1, "Axe.": 0}}]}
+    (own.folder / "kind & fair").mkdir()
+    own.write("kind & fair/task.json", task)
+    with pytest.raises(DataError, match="has the subset 'kind & fair', which cannot name a figure"):
+        own.read(hhh=[{"source": "file:kind & fair", "file": "task.json", "format": "bigbench"}])
+
+
 def test_a_source_that_cannot_be_had_names_its_probe_and_the_way_out(own):
     with pytest.raises(DataError) as caught:
         own.read(red_team=[{"source": "file:gone.jsonl"}], benign=[{"source": own.write("a.txt", TEA)}])

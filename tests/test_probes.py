@@ -60,6 +60,10 @@ def test_perplexity_of_plain_text_by_hand(tmp_path: Path) -> None:
     np.testing.assert_array_equal(plain.values["policy"], [1.5, 1.5])
     assert plain.facts["perplexity"] == pytest.approx(np.exp(1.5))
     assert plain.facts["perplexity_change"] == pytest.approx((np.exp(1.5) - np.exp(1)) / np.exp(1))
+    nats["policy"] = [-0.5, -0.5]
+    better = kept._plain_text(asked(tmp_path / "2", data=PLAIN, reading=lambda subject, text: np.array(nats[subject])))
+    assert isinstance(better, Figure)
+    assert better.facts["perplexity_change"] == pytest.approx(np.exp(-0.5) - 1), "an improvement breaches no limit"
 
 
 def test_what_has_no_data_is_not_measured_and_the_rest_is(tmp_path: Path) -> None:

@@ -109,6 +109,11 @@ def test_the_commands_know_profiles(capsys: pytest.CaptureFixture[str], tmp_path
     assert "choose one of " in capsys.readouterr().err
 
 
+def test_the_profile_for_harmlessness_and_helpfulness_measures_every_axis() -> None:
+    params = load_params(REPOSITORY / "params.yaml", profile=REPOSITORY / "profiles/hh-rlhf.yaml")
+    assert [name for name, sources in params.ingest.probes.named().items() if not sources] == []
+
+
 @pytest.mark.parametrize("file", PROFILES, ids=lambda path: path.stem)
 def test_a_profile_of_the_repository_is_valid_documented_and_registers_under_its_own_name(file: Path) -> None:
     params = load_params(REPOSITORY / "params.yaml", profile=file)

@@ -12,6 +12,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ParameterTypeError
 from registered import NAME, aliases, mlflow
 from waiting import eventually
 
@@ -152,6 +153,12 @@ def test_without_an_answer_it_goes_on_being_the_candidate(place: Workspace, clie
     pipeline.align(None, str(place.root), review=True, review_hours=0.0001)
     assert aliases(place) == {"candidate": 3}
     assert "goes on being the candidate: nobody answered within 0.0001 hours" in message(client, place)
+
+
+@pytest.mark.parametrize("hours", [0, -1, float("nan"), float("inf"), 8761])
+def test_the_waiting_is_a_time_of_a_year_at_most(hours: float) -> None:
+    with pytest.raises(ParameterTypeError, match="review_hours"):
+        pipeline.align.validate_parameters({"review_hours": hours})
 
 
 def test_nobody_is_asked_where_there_is_no_candidate_or_no_wish(place: Workspace, client: SyncPrefectClient) -> None:

@@ -9,12 +9,14 @@ import datasets
 import httpx
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tasks import sources
 from tasks.data_params import DataSource, SourceParams
 from tasks.errors import ConfigError, DataError, ServiceError
-from tasks.sources import digest
+from tasks.params import check_params
+from tasks.sources import digest, fetch, files_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -69,6 +71,31 @@ def test_the_digest_of_a_folder_covers_names_and_contents(tmp_path):
     assert digest(tmp_path / "f") != first
 
 
+@pytest.mark.parametrize("file", ["x/*/../../../elsewhere/*.json", "../*.json", "/etc/*", "a.tar.gz!../b.json"])
+@pytest.mark.parametrize("source", ["file:data", f"hub:some/data@{COMMIT}"])
+def test_a_file_or_pattern_that_leads_out_of_its_source_is_refused(file, source):
+    raw = tiny.tiny_params()
+    for key in ("file", "ratings_file"):
+        raw["ingest"]["data"] = [{"source": source, "format": "ratings", key: file}]
+        with pytest.raises(ConfigError, match=rf"ingest\.data\.0\.{key} — .*leads out of the source"):
+            check_params(raw)
+
+
+def test_a_pattern_follows_no_link_out_of_ones_own_folder(own, tmp_path):
+    outside = tmp_path / "outside.jsonl"
+    outside.write_bytes(b"{}")
+    for name in ("data", "beside"):
+        (own.own_data / name).mkdir()
+    (own.own_data / "data" / "link").symlink_to(own.own_data / "beside")
+    (own.own_data / "beside" / "good.jsonl").write_bytes(b"{}")
+    source = DataSource(source="file:data", file="*/*.jsonl", format="hh")
+    _, files = files_of(source, own, tmp_path)
+    assert [file.label for file in files] == ["data/own/data/link/good.jsonl"]
+    (own.own_data / "beside" / "leak.jsonl").symlink_to(outside)
+    with pytest.raises(DataError, match=f"link/leak.jsonl — leads out of data/own, to {outside}"):
+        files_of(source, own, tmp_path)
+
+
 # hub:
 
 
@@ -101,6 +128,48 @@ def test_a_data_file_of_the_hub_is_fetched_alone(hub, get, tmp_path):
     assert fetched.sha256 == hashlib.sha256(b"{}").hexdigest()
     with pytest.raises(DataError, match="holds no test"):
         get(DataSource(source=f"hub:some/data@{COMMIT}", file="test.jsonl", format="hh"))
+
+
+def test_a_second_file_of_a_hub_source_is_fetched_itself(hub, get, tmp_path):
+    (tmp_path / "snapshot" / "ratings.txt").write_bytes(b"1")
+    source = DataSource(
+        source=f"hub:some/data@{COMMIT}", file="texts.txt", ratings_file="ratings.txt", format="ratings"
+    )
+    assert get(source, file=source.ratings_file).sha256 == hashlib.sha256(b"1").hexdigest()
+    assert hub["allow_patterns"] == ["ratings.txt"]
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "found"),
+    [
+        ("*.jsonl", ["*.jsonl"], ["a.jsonl"]),
+        ("deep/*.jsonl", ["deep/*.jsonl"], ["deep/b.jsonl"]),
+        ("**/*.jsonl", ["**/*.jsonl", "*.jsonl"], ["a.jsonl", "deep/b.jsonl"]),
+    ],
+)
+def test_a_pattern_of_a_hub_source_fetches_the_files_that_are_like_it(hub, own, tmp_path, file, asked, found):
+    (tmp_path / "snapshot" / "deep").mkdir()
+    for name in ("a.jsonl", "deep/b.jsonl"):
+        (tmp_path / "snapshot" / name).write_bytes(b"{}")
+    _, files = files_of(DataSource(source=f"hub:some/data@{COMMIT}", file=file, format="hh"), own, tmp_path)
+    assert sorted(set(hub["allow_patterns"])) == sorted(asked)
+    assert [file.path.relative_to(tmp_path / "snapshot").as_posix() for file in files] == found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SourceParams(source=f"hub:some/model@{COMMIT}"),
+        DataSource(source=f"hub:some/data@{COMMIT}", file="*.json", format="hh"),
+    ],
+)
+def test_the_digest_of_a_hub_folder_is_of_what_was_asked_for_alone(hub, own, tmp_path, source):
+    (tmp_path / "snapshot" / "config.json").write_bytes(b"{}")
+    first = files_of(source, own, tmp_path)[0] if source.file else fetch(source, own, tmp_path)
+    (tmp_path / "snapshot" / "README.md").write_bytes(b"in the cache, for somebody else")
+    second = files_of(source, own, tmp_path)[0] if source.file else fetch(source, own, tmp_path)
+    line = f"{hashlib.sha256(b'{}').hexdigest()}  config.json\n"
+    assert first.sha256 == second.sha256 == hashlib.sha256(line.encode()).hexdigest()
 
 
 def test_a_hub_source_must_say_its_commit(get):

@@ -21,11 +21,11 @@ from tasks.statistics import (
     compare,
     distinct_n,
     expected_calibration_error,
-    judge_differences,
     rater_ceiling,
     relative_change,
     repetition,
     same_length,
+    score_differences,
     share_confirmed,
     wilson,
     wins,
@@ -155,10 +155,11 @@ def test_compare_by_hand():
 
 def test_equal_texts_tie_whatever_rounding_left_in_their_scores():
     reference = reference_answers(4)
-    rounded = replace(reference, judge=reference.judge + 1e-7)
-    assert judge_differences(rounded, reference).tolist() == [0.0] * 4
+    rounded = replace(reference, judge=reference.judge + 1e-7, reward=reference.reward + 1e-7)
     other = replace(rounded, texts=["another", *rounded.texts[1:]])
-    assert (judge_differences(other, reference) != 0).tolist() == [True, False, False, False]
+    for role in ("judge", "reward"):
+        assert score_differences(rounded, reference, role).tolist() == [0.0] * 4
+        assert (score_differences(other, reference, role) != 0).tolist() == [True, False, False, False]
 
 
 def test_exchanging_the_models_turns_every_preference_around():

@@ -34,16 +34,16 @@ def _choices(asked: Asked, data: str) -> list[Figure | NotMeasured]:
         return [NotMeasured(key, name, str(missing))]
     rows = zip(table["prompt"], table["format"], table["text"], strict=True)
     read = _read(asked, [Continuation(*row) for row in rows])
-    subsets = sorted(set(table["subset"])) if data == "hhh" else [""]
+    subset_of = table["subset"] if data == "hhh" else pd.Series("", table.index)
     return [
         _preferred(
             f"{key}_{subset}" if subset else key,
             f"{name}: {subset}" if subset else name,
             table,
             read,
-            (table["subset"] == subset).to_numpy() if subset else np.ones(len(table), dtype=bool),
+            (subset_of == subset).to_numpy(),
         )
-        for subset in subsets
+        for subset in sorted(set(subset_of))
     ]
 
 

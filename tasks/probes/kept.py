@@ -56,7 +56,7 @@ def _plain_text(asked: Asked) -> Figure | NotMeasured:
         better="lower",
         values=values,
         unit="nats",
-        facts=perplexity | {"perplexity_change": abs(float(np.expm1(means[POLICY] - means[REFERENCE])))},
+        facts=perplexity | {"perplexity_change": float(np.expm1(means[POLICY] - means[REFERENCE]))},
     )
 
 
