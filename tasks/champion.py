@@ -78,14 +78,14 @@ def has_changed(client: MlflowClient, metrics: Mapping[str, Any], workspace: Wor
 
 def is_policy(registered: ModelVersion, workspace: Workspace) -> bool:
     """Whether a version holds what lies in models/policy."""
-    return registered.tags.get("policy.sha256") == registry.policy_digest(workspace.policy)
+    return registered.tags.get(registry.POLICY) == registry.policy_digest(workspace.policy)
 
 
 def _why_not(registered: ModelVersion, folder: Path, workspace: Workspace) -> str:
     """Why the champion's policy cannot answer beside ours; empty if it can."""
-    recorded = registered.tags.get("policy.sha256")
+    recorded = registered.tags.get(registry.POLICY)
     if recorded is None:
-        return "it has no tag policy.sha256 to compare its files with: it was not registered by the register stage"
+        return f"it has no tag {registry.POLICY} to compare its files with: it was not registered by the register stage"
     if registry.policy_digest(folder) != recorded:
         return "its files are not those that were registered"
     if _shapes(folder) != _shapes(workspace.policy):

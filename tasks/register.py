@@ -17,7 +17,7 @@ import pandas as pd
 
 from tasks import champion_tags, model_card, registry, trail
 from tasks.errors import DataError
-from tasks.gate import Breach, Unchecked, Verdict, gate
+from tasks.gate import Verdict, gate
 from tasks.origin import versions
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
@@ -56,9 +56,9 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             "mlflow_run_id": tracker.run_id,
             "model_name": name,
             "model_version": int(version.version),
-            "gate": verdict.word,
-            "breached": _rules(verdict.breaches),
-            "unchecked": _rules(verdict.unchecked),
+            champion_tags.GATE: verdict.word,
+            champion_tags.BREACHED: verdict.breached,
+            "unchecked": verdict.not_checked,
         },
         _summary(f"{name} version {version.version}", verdict, evidence.decisions),
     )
@@ -76,8 +76,8 @@ def _registered(
         return version
     artifacts, cycle = {"checkpoint": workspace.policy}, int(metrics["ppo"]["result_cycle"])
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
-    outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
-    outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
+    outcome = {champion_tags.GATE: verdict.word, champion_tags.BREACHED: ", ".join(verdict.breached) or "none"}
+    outcome |= {"unchecked": ", ".join(verdict.not_checked) or "none"}
     outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
     figures = {
         key: f"{evaluation[key]:.4g}" for key in champion_tags.FIGURES if isinstance(evaluation.get(key), int | float)
@@ -119,18 +119,13 @@ def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
     return {"run_id": tracker.run_id} | git_tags(workspace.root) | named
 
 
-def _rules(outcomes: Sequence[Breach] | Sequence[Unchecked]) -> list[str]:
-    """Their names, each once."""
-    return list(dict.fromkeys(outcome.rule for outcome in outcomes))
-
-
 def _summary(version: str, verdict: Verdict, decisions: Sequence[str]) -> str:
     if decisions:
         return f"{version} is registered and decided on already: {decisions[-1]}"
     if verdict.breaches:
         words = "; ".join(breach.words for breach in verdict.breaches)
         return f"{version} is recorded without an alias, the gate failed: {words}"
-    unchecked = f" (not checked: {', '.join(_rules(verdict.unchecked))})" if verdict.unchecked else ""
+    unchecked = f" (not checked: {', '.join(verdict.not_checked)})" if verdict.unchecked else ""
     return f"{version} passed the gate{unchecked} and is the candidate; a person can make it champion"
 
 

@@ -82,6 +82,7 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
         "Gate passed", spread(0.82, 0.78, 0.86), spread(0.9, 0.8, 1.0), spread(9.0, 8.5, 9.5),
         spread(0.85, 0.83, 0.87), "10,605", "MIT", "cycle 7 of 8",
         "30 of 31 expectations", "the film 0", "maximised the function mine", "models:/aligned-policy/1",
+        'python -m tasks promote 1 --model aligned-policy --reason "..."',
     ):  # fmt: skip
         assert words in card
     assert "<b>" not in card.replace("\\<b\\>", "")
