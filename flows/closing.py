@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tasks.champion_tags import BREACHED, GATE
+from tasks.champion_tags import BREACHED, EVALUATE_AGAIN, GATE, OTHER
 from tasks.workspace import Workspace
 
 _FIGURES = (
@@ -65,6 +65,8 @@ def _figures(metrics: Mapping[str, Any]) -> Table:
 
 def _verdict(registered: Mapping[str, Any]) -> str:
     version = f"{registered['model_name']} version {registered['model_version']}"
+    if registered.get(OTHER):
+        return f"{version}: has no alias: {EVALUATE_AGAIN}"
     if registered[GATE] == "passed":
         how = f"python -m tasks versions --model {registered['model_name']}"
         return f"{version}: passed the gate; who decides on it: {how}"

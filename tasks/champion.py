@@ -65,12 +65,14 @@ def present(client: MlflowClient, name: str, workspace: Workspace) -> Iterator[C
         yield Champion(name, number, None if reason else folder, reason)
 
 
-def has_changed(client: MlflowClient, metrics: Mapping[str, Any], workspace: Workspace) -> bool:
-    """Whether the champion is a version that an evaluation with these `metrics` has not compared its policy with.
+def has_changed(client: MlflowClient, metrics: Mapping[str, Any], name: str, workspace: Workspace) -> bool:
+    """Whether an evaluation with these `metrics` has not compared its policy with the champion of the model `name`.
 
     A champion that is the policy itself is nothing new to compare with, and none at all leaves what was compared true.
     """
-    registered = registry.with_alias(client, metrics["champion_model"], registry.CHAMPION)
+    if metrics["champion_model"] != name:
+        return True
+    registered = registry.with_alias(client, name, registry.CHAMPION)
     if registered is None or int(registered.version) == metrics["champion_version"]:
         return False
     return not is_policy(registered, workspace)

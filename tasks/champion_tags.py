@@ -19,6 +19,9 @@ FIGURES = {
 """Go into a version's tags, so that versions can be compared in the registry's list; and what they are."""
 GATE, BREACHED = "gate", "breached"
 """Tags of a version, and keys of metrics/register.json: the verdict, and the rules that do not hold."""
+OTHER = "other_champion"
+"""Key of metrics/register.json: whether the evaluation compared with another champion than there is now."""
+EVALUATE_AGAIN = "the champion is another since; run evaluate again"
 VERSION, DIFFERENCE = "champion.version", "champion.difference."
 """Tags of a version: the champion that it was compared with, and by how much its figure is higher than that one's."""
 

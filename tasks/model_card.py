@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.champion_tags import FIGURES, ChampionFigures, difference
+from tasks.champion_tags import EVALUATE_AGAIN, FIGURES, ChampionFigures, difference
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 from tasks.preference_models import label
@@ -42,6 +42,8 @@ class Evidence:
     samples: pd.DataFrame
     """prompt, reference, policy and the judge's scores, in the order of the test prompts."""
     champion: ChampionFigures | None
+    other_champion: bool
+    """Whether the evaluation compared with another champion than there is now."""
     lineage: Mapping[str, str]
     decisions: Sequence[str]
     """On this version, the oldest first, where it is registered again."""
@@ -78,6 +80,8 @@ def _review(evidence: Evidence) -> str:
     command = f'python -m tasks promote {number} --model {name} --reason "..."'
     if evidence.breaches:
         return f"{_REVIEW}Wanted all the same: `{command} --despite-gate`.\n"
+    if evidence.other_champion:
+        return f"{_REVIEW}No alias: {EVALUATE_AGAIN}.\n"
     return f"{_REVIEW}Waits for a person: `{command}`, or `reject`; or give it the alias `champion` here.\n"
 
 

@@ -49,7 +49,8 @@ def up_to_date(stage: str, workspace: Workspace) -> bool:
     if not record_exists(workspace, metrics["mlflow_run_id"], metrics.get("model_version")):
         return False
     # No file says which version is the champion, so DVC cannot know that there is another to compare with.
-    return "champion_version" not in metrics or not has_changed(connect(workspace), metrics, workspace)
+    name = load_params(workspace.params).register_.model_name
+    return "champion_version" not in metrics or not has_changed(connect(workspace), metrics, name, workspace)
 
 
 def source_digests(workspace: Workspace) -> Digests:

@@ -121,7 +121,7 @@ def test_a_person_has_the_last_word_over_the_register_stage(
     assert "candidate" not in aliases(shelf)
     assert "praises everything" in mlflow(shelf).get_model_version(NAME, str(fresh)).description
     set_by_hand(shelf, "champion", 1)
-    write(shelf, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": "1", "judge_win_rate_champion": 0.7})
+    write(shelf, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": 1, "judge_win_rate_champion": 0.7})
     beside = register.run(params(), shelf).metrics["model_version"]
     assert told(shelf)[-1] == ("set by hand", 1, 1, None), "the register stage has seen it"
     tags = mlflow(shelf).get_model_version(NAME, str(beside)).tags
