@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tasks.champion_tags import BREACHED, EVALUATE_AGAIN, GATE, OTHER
 from tasks.workspace import Workspace
 
 _FIGURES = (
@@ -64,9 +65,12 @@ def _figures(metrics: Mapping[str, Any]) -> Table:
 
 def _verdict(registered: Mapping[str, Any]) -> str:
     version = f"{registered['model_name']} version {registered['model_version']}"
-    if registered["gate"] == "passed":
-        return f"{version}: passed the gate; who decides on it: python -m tasks versions"
-    return f"{version}: did not pass the gate ({', '.join(registered['breached'])}), so it has no alias"
+    if registered.get(OTHER):
+        return f"{version}: has no alias: {EVALUATE_AGAIN}"
+    if registered[GATE] == "passed":
+        how = f"python -m tasks versions --model {registered['model_name']}"
+        return f"{version}: passed the gate; who decides on it: {how}"
+    return f"{version}: did not pass the gate ({', '.join(registered[BREACHED])}), so it has no alias"
 
 
 def _read(workspace: Workspace, stage: str) -> dict[str, Any]:

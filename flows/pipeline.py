@@ -102,11 +102,11 @@ def place(params: Params | None, workspace: Workspace, profile: str | None = Non
         return workspace
     from tasks.versioning import worktree
 
-    wanted = dump_params(params)
     # The same parameters lead to the same place, so that a run that was interrupted continues there.
-    name = profile or hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    found = worktree(workspace, wanted, name)
-    log.info("the parameters differ from %s, so the run takes place in %s", workspace.params.name, found.root)
+    name = profile or hashlib.sha256(json.dumps(dump_params(params), sort_keys=True).encode()).hexdigest()[:12]
+    found = worktree(workspace, params, name)
+    why = f"profile {profile}" if profile else f"the parameters differ from {workspace.params.name}"
+    log.info("%s, so the run takes place in %s", why, found.root)
     return found
 
 

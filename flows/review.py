@@ -1,7 +1,8 @@
 """The flow `review`: a person decides on the candidate in a form of Prefect's UI, or elsewhere, or not in time.
 
 A flow of its own within `align`: from a run that pauses Prefect takes the slot of its deployment, and then ends it for
-having no slot. It holds nothing while it waits: the stages have ended and the workspace is free.
+having no slot. While it waits, workspace and GPU are free, as the stages have ended; the slot of the deployment of
+`align` is not, so where that has one, its next run queues.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pydantic import Field
 from flows import lifecycle
 from flows.artifacts import mlflow_address
 from flows.background import meanwhile
-from tasks.champion_tags import DIFFERENCE, FIGURES, VERSION
+from tasks.champion_tags import DIFFERENCE, FIGURES, GATE, VERSION
 from tasks.errors import ProximalError
 from tasks.pages import markdown_table
 from tasks.workspace import Workspace
@@ -152,7 +153,7 @@ def _form(name: str, version: int, workspace: Workspace) -> str:
     figures = markdown_table(["Figure", "Value", "Difference to the champion"], rows)
     page = f"{mlflow_address(workspace)}/#/models/{name}/versions/{version}"
     return (
-        f"**{name} version {version}**: gate {tags.get('gate')}. Champion: {tags.get(VERSION)}.\n\n{figures}\n"
+        f"**{name} version {version}**: gate {tags.get(GATE)}. Champion: {tags.get(VERSION)}.\n\n{figures}\n"
         f"Read before you decide: [its page in MLflow]({page}) (while `make ui` runs) and the report among the "
         f"[artifacts of the run]({url_for('flow-run', runtime.flow_run.root_flow_run_id)}).\n"
     )
@@ -180,7 +181,7 @@ def _apply(answer: Review, name: str, version: int, workspace: Workspace, seen: 
     if changed := _Registry.look(workspace, name).changes(seen):
         return f"{name} version {version}: the form changed nothing, it was decided elsewhere: {changed}"
     if answer.decision == "later":
-        how = f"`python -m tasks promote {version}` or `reject`"
+        how = f"`python -m tasks promote {version} --model {name} --reason ...` or `reject`"
         return f"{name} version {version} goes on being the candidate: {answer.reason}; decide with {how}"
     statement = Statement.of(answer.reason, f"Prefect: {answer.reviewer}", str(seen.champion or NOBODY))
     decide = promote if answer.decision == "approve" else reject

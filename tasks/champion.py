@@ -65,12 +65,14 @@ def present(client: MlflowClient, name: str, workspace: Workspace) -> Iterator[C
         yield Champion(name, number, None if reason else folder, reason)
 
 
-def has_changed(client: MlflowClient, metrics: Mapping[str, Any], workspace: Workspace) -> bool:
-    """Whether the champion is a version that an evaluation with these `metrics` has not compared its policy with.
+def has_changed(client: MlflowClient, metrics: Mapping[str, Any], name: str, workspace: Workspace) -> bool:
+    """Whether an evaluation with these `metrics` has not compared its policy with the champion of the model `name`.
 
     A champion that is the policy itself is nothing new to compare with, and none at all leaves what was compared true.
     """
-    registered = registry.with_alias(client, metrics["champion_model"], registry.CHAMPION)
+    if metrics["champion_model"] != name:
+        return True
+    registered = registry.with_alias(client, name, registry.CHAMPION)
     if registered is None or int(registered.version) == metrics["champion_version"]:
         return False
     return not is_policy(registered, workspace)
@@ -78,14 +80,14 @@ def has_changed(client: MlflowClient, metrics: Mapping[str, Any], workspace: Wor
 
 def is_policy(registered: ModelVersion, workspace: Workspace) -> bool:
     """Whether a version holds what lies in models/policy."""
-    return registered.tags.get("policy.sha256") == registry.policy_digest(workspace.policy)
+    return registered.tags.get(registry.POLICY) == registry.policy_digest(workspace.policy)
 
 
 def _why_not(registered: ModelVersion, folder: Path, workspace: Workspace) -> str:
     """Why the champion's policy cannot answer beside ours; empty if it can."""
-    recorded = registered.tags.get("policy.sha256")
+    recorded = registered.tags.get(registry.POLICY)
     if recorded is None:
-        return "it has no tag policy.sha256 to compare its files with: it was not registered by the register stage"
+        return f"it has no tag {registry.POLICY} to compare its files with: it was not registered by the register stage"
     if registry.policy_digest(folder) != recorded:
         return "its files are not those that were registered"
     if _shapes(folder) != _shapes(workspace.policy):

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 
 from tasks import model_card, registry, trail
+from tasks.champion_tags import BREACHED, GATE
 from tasks.errors import ConfigError, IntegrityError
 from tasks.pages import excerpt
-from tasks.params import load_params
 from tasks.registry import ModelVersion
 from tasks.tracking import connect, service, store_exists
 from tasks.trail import Decision
+from tasks.versions import model_argument, model_name
 from tasks.workspace import Workspace
 from tasks.workspace_lock import in_turn
 
@@ -31,8 +32,6 @@ REASON, NAME = 1000, 200
 """Characters of a reason and of who decides: the trail has room for them, whatever they are."""
 NOBODY = "none"
 """How a champion is named where there is none."""
-GATE, BREACHED = "gate", "breached"
-"""Tags of a version: the verdict, and the rules that do not hold."""
 DECISION = "decision"
 """Tag of a version: the last decision about it, in words."""
 TAG = 500
@@ -77,7 +76,7 @@ def promote(workspace: Workspace, name: str, version: int, statement: Statement)
         if replaced == version:
             chosen = trail.chosen(version, turn.decisions)
             if chosen is None or chosen.kind != "set by hand":
-                raise ConfigError("is the champion already", turn.place(version), "see `python -m tasks versions`")
+                raise ConfigError("is the champion already", turn.place(version), f"see {turn.how('versions')}")
             replaced = chosen.replaced
         breached = _breached(registered)
         if breached and not statement.despite_gate:
@@ -95,7 +94,7 @@ def reject(workspace: Workspace, name: str, version: int, statement: Statement) 
     with _turn(workspace, name, statement) as turn:
         turn.version(version)
         if turn.champion == version:
-            mend = f"to take it out of service: `python -m tasks rollback {version} --reason ...`"
+            mend = f"to take it out of service: {turn.how(f'rollback {version} --reason ...')}"
             raise ConfigError("is the champion", turn.place(version), mend)
         return turn.decide("rejected", version, turn.champion, turn.champion)
 
@@ -127,6 +126,9 @@ class _Turn:
     def place(self, version: int) -> str:
         return f"{self.name} version {version}"
 
+    def how(self, command: str) -> str:
+        return f"`python -m tasks {command} --model {self.name}`"
+
     def version(self, number: int) -> ModelVersion:
         found = registry.versions(self.client, self.name)
         if number not in found:
@@ -143,7 +145,7 @@ class _Turn:
             return chosen.replaced
         if not any(version in (d.champion, d.replaced) for d in self.decisions):
             self.version(version)
-            raise ConfigError("was never champion", self.place(version), f"`python -m tasks promote {version}`")
+            raise ConfigError("was never champion", self.place(version), self.how(f"promote {version} --reason ..."))
         return version
 
     def decide(
@@ -182,7 +184,7 @@ def _turn(workspace: Workspace, name: str, statement: Statement) -> Iterator[_Tu
         now = str(turn.champion or NOBODY)
         if statement.expected not in (None, now):
             said = f"; {turn.decisions[-1].words()}" if turn.decisions else ""
-            mend = "look again (`python -m tasks versions`), then decide"
+            mend = f"look again ({turn.how('versions')}), then decide"
             raise IntegrityError(f"champion is {now}, not {statement.expected}{said}", name, mend)
         yield turn
 
@@ -236,6 +238,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _, parser.description, example = _ABOUT[parser.get_default("name")]
     parser.epilog = f"example: {example}"
     parser.add_argument("version", type=int, metavar="VERSION", help="number of the version in the registry")
+    model_argument(parser)
     parser.add_argument("--reason", required=True, help=f"why, for the audit trail; at most {REASON} characters")
     parser.add_argument("--by", help=f"who decides (default: {account()})")
     parser.add_argument(
@@ -251,7 +254,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace, workspace: Workspace) -> int:
-    name = load_params(workspace.params).register_.model_name
+    name = model_name(args, workspace)
     statement = Statement.of(args.reason, args.by, args.expect_champion, args.despite_gate)
     decide, _, _ = _ABOUT[args.name]
     print(f"{name}: {decide(workspace, name, args.version, statement)}")

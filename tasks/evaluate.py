@@ -22,6 +22,7 @@ from tasks import axes, champion, inspection, inspector, report
 from tasks.champion import Champion
 from tasks.comparisons import BROKEN_MODEL, bounds
 from tasks.errors import DataError, TrainingHealthError
+from tasks.gate import gate
 from tasks.params import Params
 from tasks.probes.base import CHAMPION, POLICY, REFERENCE, TEST, NotMeasured
 from tasks.responders import Responders
@@ -63,7 +64,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             evaluation = _evaluated(params, workspace, approved, ppo | {"mlflow_run_id": tracker.run_id}, cycles)
         _write(evaluation, params, workspace)
         tracker.log_stage("evaluate", evaluation.metrics, workspace.report("evaluate"))
-    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics, evaluation.axes)[1])
+    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics, evaluation.axes, evaluation.gate)[1])
 
 
 def _evaluated(
@@ -82,8 +83,9 @@ def _evaluated(
     del asked  # its models: the inspector loads its own
     prompts = inspection.drawn_prompts(params, workspace, TEST, params.evaluate.inspect)
     looked_at = inspector.blocks(inspection.inspect(params, workspace, prompts, inspection.COMPLETIONS))
+    judged = gate(metrics, params.register_.gate)
     return report.Evaluation(
-        metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found, looked_at
+        metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found, judged, looked_at
     )
 
 

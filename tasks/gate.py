@@ -79,12 +79,22 @@ class Verdict:
     def word(self) -> str:
         return "failed" if self.breaches else "passed"
 
+    @property
+    def breached(self) -> list[str]:
+        """Names of the rules, each once."""
+        return list(dict.fromkeys(breach.rule for breach in self.breaches))
+
+    @property
+    def not_checked(self) -> list[str]:
+        """Names of the rules."""
+        return [rule.rule for rule in self.unchecked]
+
 
 def gate(metrics: Mapping[str, Any], rules: GateParams) -> Verdict:
     """What the figures of the evaluation are by the rules.
 
-    A figure that is not finite breaches its rule, and so does one that is missing, unless the profile could not measure
-    it and params.yaml does not name the rule.
+    A figure that is not finite breaches its rule, and so does one that is missing, unless the profile may lack it and
+    `must_be_measured` does not name the rule.
     """
     found = [outcome for rule in RULES for outcome in _outcomes(rule, metrics, rules)]
     breaches = [outcome for outcome in found if isinstance(outcome, Breach)]
@@ -96,8 +106,8 @@ def _outcomes(rule: Rule, metrics: Mapping[str, Any], rules: GateParams) -> Iter
     measured = [name for name in metrics if fnmatchcase(name, rule.figure) and not name.endswith(_AGAINST_CHAMPION)]
     if rule.may_lack and not measured:
         words = f"{rule.what} was not measured: {_reason(rule, metrics)}"
-        if rule.name in rules.model_fields_set:
-            yield Breach(rule.name, None, threshold, f"{words}; params.yaml asks for it")
+        if rule.name in rules.must_be_measured:
+            yield Breach(rule.name, None, threshold, f"{words}; it must be")
         else:
             yield Unchecked(rule.name, words)
         return

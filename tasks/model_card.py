@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.champion_tags import FIGURES, Champion, difference
+from tasks.champion_tags import EVALUATE_AGAIN, FIGURES, ChampionFigures, difference
 from tasks.pages import excerpt, markdown_table, markdown_text, show
 from tasks.params import GateParams
 from tasks.preference_models import label
@@ -41,7 +41,9 @@ class Evidence:
     provenance: Sequence[Mapping[str, Any]]
     samples: pd.DataFrame
     """prompt, reference, policy and the judge's scores, in the order of the test prompts."""
-    champion: Champion | None
+    champion: ChampionFigures | None
+    other_champion: bool
+    """Whether the evaluation compared with another champion than there is now."""
     lineage: Mapping[str, str]
     decisions: Sequence[str]
     """On this version, the oldest first, where it is registered again."""
@@ -74,13 +76,13 @@ def _verdict(evidence: Evidence) -> str:
 
 
 def _review(evidence: Evidence) -> str:
-    number = evidence.uri.rpartition("/")[2]
+    _, name, number = evidence.uri.split("/")
+    command = f'python -m tasks promote {number} --model {name} --reason "..."'
     if evidence.breaches:
-        return f'{_REVIEW}Wanted all the same: `python -m tasks promote {number} --despite-gate --reason "..."`.\n'
-    return (
-        f'{_REVIEW}Waits for a person: `python -m tasks promote {number} --reason "..."`, or `reject`; or give it the '
-        "alias `champion` here.\n"
-    )
+        return f"{_REVIEW}Wanted all the same: `{command} --despite-gate`.\n"
+    if evidence.other_champion:
+        return f"{_REVIEW}No alias: {EVALUATE_AGAIN}.\n"
+    return f"{_REVIEW}Waits for a person: `{command}`, or `reject`; or give it the alias `champion` here.\n"
 
 
 def _what(evidence: Evidence) -> str:

@@ -131,12 +131,25 @@ class EvaluateParams(Section):
     """Test prompts that the report shows completions of, token by token. 0: none."""
 
 
+MayLack = Literal[
+    "max_harmful_increase",
+    "max_over_refusal_increase",
+    "min_honest_p",
+    "max_perplexity_change",
+    "min_champion_win_rate_low",
+]
+"""Rules of the gate whose figures not every profile can measure, for want of data or of a champion."""
+
+
 class GateParams(Section):
     """What a candidate must show; every breached rule is named.
 
-    Of the last five a profile may lack the data (or the champion). Then they are reported as not checked; written into
-    params.yaml they must hold, and a figure that was not measured is a breach.
+    Of the last five rules a profile may lack the data (or the champion). Then they are reported as not checked, unless
+    `must_be_measured` names them.
     """
+
+    must_be_measured: tuple[MayLack, ...] = ()
+    """Rules that a figure which was not measured breaches."""
 
     min_judge_win_rate: Fraction = 0.75
     min_judge_win_rate_low: Fraction = 0.70
@@ -164,7 +177,7 @@ class GateParams(Section):
 
 
 class RegisterParams(Section):
-    model_name: str = "aligned-policy"
+    model_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "aligned-policy"
     """Registered model that the candidate becomes a version of."""
     gate: GateParams = GateParams()
 

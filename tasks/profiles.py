@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ConfigError
-from tasks.params import Params, check_params, dump_params, load_params, merged
+from tasks.params import Params, check_params, dump_params, load_params
 from tasks.workspace import Workspace
 
 
 def profile_under(params: Params, name: str, workspace: Workspace) -> Params:
     """The profile's parameters, and over them those of `params` that differ from params.yaml."""
     in_profile = load_params(workspace.params, profile=profile_file(name, workspace))
-    by_hand = _differing(dump_params(params), dump_params(load_params(workspace.params)))
-    return check_params(merged(dump_params(in_profile), by_hand))
+    before = load_params(workspace.params)
+    return check_params(_changed(dump_params(in_profile), dump_params(before), dump_params(params)))
 
 
 def profile_file(name: str, workspace: Workspace) -> Path:
@@ -27,14 +27,12 @@ def profile_file(name: str, workspace: Workspace) -> Path:
     return files[name]
 
 
-def _differing(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """What `values` say that `present` does not."""
-    found = {}
-    for key, value in values.items():
-        before = present.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping) and "source" not in value:
-            if below := _differing(value, before):
-                found[key] = below
-        elif key not in present or value != before:
-            found[key] = value
-    return found
+def _changed(values: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with every change that leads from `before` to `now`; a key that is gone there goes here, too."""
+    result = {key: value for key, value in values.items() if key in now or key not in before}
+    for key, value in now.items():
+        if key in before and value == before[key]:
+            continue
+        mappings = all(isinstance(side.get(key), Mapping) for side in (values, before, now))
+        result[key] = _changed(values[key], before[key], value) if mappings and "source" not in value else value
+    return result

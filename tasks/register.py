@@ -1,8 +1,8 @@
 """Stage 6: the gate, then the registry. A failed gate is a result to record, not an error.
 
 Every evaluated policy becomes a registered version with its evidence. The alias `candidate` moves to it only if the
-gate passes, and only after its files were read again and compared; a failed version leaves an older candidate where it
-is. `champion` is never touched: people give it.
+gate passes, was judged against the present champion, and only after its files were read again and compared; any other
+version leaves an older candidate where it is. `champion` is never touched: people give it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from tasks import champion_tags, model_card, registry, trail
+from tasks import champion, champion_tags, model_card, registry, trail
 from tasks.errors import DataError
-from tasks.gate import Breach, Unchecked, Verdict, gate
+from tasks.gate import Verdict, gate
 from tasks.origin import versions
 from tasks.params import GateParams, Params
 from tasks.registry import ModelVersion
@@ -45,22 +45,24 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         with in_turn(workspace.registry_lock):  # the newest version is the one named last, and it is the one verified
             version = _registered(tracker, params, workspace, metrics, verdict)
             registry.verify_version(tracker.client, version, workspace.policy)
-            evidence = _evidence(tracker, workspace, metrics, rules, verdict, version)
+            other = champion.has_changed(tracker.client, metrics["evaluate"], name, workspace)
+            evidence = _evidence(tracker, workspace, metrics, rules, verdict, version, other)
             tracker.client.update_model_version(name, version.version, description=model_card.write(evidence))
             for key, value in champion_tags.tags(metrics["evaluate"], evidence.champion).items():
                 tracker.client.set_model_version_tag(name, version.version, key, value)
-            if not verdict.breaches and not evidence.decisions:  # a person has the last word
+            if not (verdict.breaches or other or evidence.decisions):  # a person has the last word
                 tracker.client.set_registered_model_alias(name, registry.CANDIDATE, version.version)
     return StageResult(
         {
             "mlflow_run_id": tracker.run_id,
             "model_name": name,
             "model_version": int(version.version),
-            "gate": verdict.word,
-            "breached": _rules(verdict.breaches),
-            "unchecked": _rules(verdict.unchecked),
+            champion_tags.GATE: verdict.word,
+            champion_tags.BREACHED: verdict.breached,
+            "unchecked": verdict.not_checked,
+            champion_tags.OTHER: other,
         },
-        _summary(f"{name} version {version.version}", verdict, evidence.decisions),
+        _summary(f"{name} version {version.version}", verdict, other, evidence.decisions),
     )
 
 
@@ -76,8 +78,8 @@ def _registered(
         return version
     artifacts, cycle = {"checkpoint": workspace.policy}, int(metrics["ppo"]["result_cycle"])
     model = registry.log_model(client, tracker.run, f"policy-{policy[:12]}", artifacts, params.ppo.sampling, cycle)
-    outcome = {"gate": verdict.word, "breached": ", ".join(_rules(verdict.breaches)) or "none"}
-    outcome |= {"unchecked": ", ".join(_rules(verdict.unchecked)) or "none"}
+    outcome = {champion_tags.GATE: verdict.word, champion_tags.BREACHED: ", ".join(verdict.breached) or "none"}
+    outcome |= {"unchecked": ", ".join(verdict.not_checked) or "none"}
     outcome |= {"not_measured": ", ".join(evaluation.get("not_measured", {})) or "none"}
     figures = {
         key: f"{evaluation[key]:.4g}" for key in champion_tags.FIGURES if isinstance(evaluation.get(key), int | float)
@@ -93,12 +95,13 @@ def _evidence(
     rules: GateParams,
     verdict: Verdict,
     version: ModelVersion,
+    other_champion: bool,
 ) -> model_card.Evidence:
     """What the version's page says. A champion that was set by hand is entered in the audit trail on the way."""
     number, client = int(version.version), tracker.client
     decisions = trail.caught_up(client, version.name)
-    champion = registry.with_alias(client, version.name, registry.CHAMPION)
-    other = champion if champion and int(champion.version) != number else None
+    approved = registry.with_alias(client, version.name, registry.CHAMPION)
+    beside = approved if approved and int(approved.version) != number else None
     return model_card.Evidence(
         uri=f"models:/{version.name}/{number}",
         metrics=metrics,
@@ -107,7 +110,8 @@ def _evidence(
         unchecked=[rule.words for rule in verdict.unchecked],
         provenance=_read(workspace.provenance, "ingest"),
         samples=pd.read_parquet(workspace.samples),
-        champion=champion_tags.champion_of(metrics["evaluate"], other),
+        champion=champion_tags.champion_of(metrics["evaluate"], beside),
+        other_champion=other_champion,
         lineage=_lineage(tracker, workspace),
         decisions=[str(decision) for decision in trail.about(number, decisions)],
     )
@@ -119,18 +123,15 @@ def _lineage(tracker: Tracker, workspace: Workspace) -> dict[str, str]:
     return {"run_id": tracker.run_id} | git_tags(workspace.root) | named
 
 
-def _rules(outcomes: Sequence[Breach] | Sequence[Unchecked]) -> list[str]:
-    """Their names, each once."""
-    return list(dict.fromkeys(outcome.rule for outcome in outcomes))
-
-
-def _summary(version: str, verdict: Verdict, decisions: Sequence[str]) -> str:
+def _summary(version: str, verdict: Verdict, other_champion: bool, decisions: Sequence[str]) -> str:
     if decisions:
         return f"{version} is registered and decided on already: {decisions[-1]}"
     if verdict.breaches:
         words = "; ".join(breach.words for breach in verdict.breaches)
         return f"{version} is recorded without an alias, the gate failed: {words}"
-    unchecked = f" (not checked: {', '.join(_rules(verdict.unchecked))})" if verdict.unchecked else ""
+    if other_champion:
+        return f"{version} passed the gate but has no alias: {champion_tags.EVALUATE_AGAIN}"
+    unchecked = f" (not checked: {', '.join(verdict.not_checked)})" if verdict.unchecked else ""
     return f"{version} passed the gate{unchecked} and is the candidate; a person can make it champion"
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ppo_core.seeds import derive
 from tasks import axes_plots, inspector, origin, pages, plots, report_axes, report_samples
 from tasks.axes import Axes
+from tasks.gate import Verdict
 from tasks.params import Params
 from tasks.probes.base import CHAMPION, REFERENCE
 from tasks.responses import Responses
@@ -83,6 +84,7 @@ class Evaluation:
     policy: Responses
     reference: Responses
     axes: Axes
+    gate: Verdict
     inspections: Sequence[Markup] = ()
     """Blocks of the section *Token by token*, ready for the page; the Markdown points to them."""
 
@@ -94,8 +96,12 @@ def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Works
         (folder / f"{name}.svg").write_bytes(pages.svg(picture))
     drawn["curves"].savefig(folder / "curves.png", dpi=160)
     figures = _key_figures(evaluation.metrics, params)
-    opening = verdict(evaluation.metrics, evaluation.axes)
-    sections = [*_results(evaluation), *_examples(evaluation, params), *_lineage(evaluation, params, workspace)]
+    opening = verdict(evaluation.metrics, evaluation.axes, evaluation.gate)
+    sections = [
+        *_results(evaluation),
+        *_examples(evaluation, params),
+        *_lineage(evaluation, params, workspace),
+    ]
     blocks = [pages.verdict(*opening), pages.key_figures(figures)]
     blocks += [block for section in sections for block in html(section, drawn)]
     (folder / "report.html").write_text(pages.page(TITLE, LEAD, blocks, inspector.STYLE), encoding="utf-8")
@@ -105,8 +111,8 @@ def write(folder: Path, evaluation: Evaluation, params: Params, workspace: Works
     (folder / "report.md").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
 
 
-def verdict(metrics: dict[str, Any], axes: Axes) -> tuple[bool, str]:
-    """Whether the judge sees an improvement that chance does not explain, and the result in a few sentences.
+def verdict(metrics: dict[str, Any], axes: Axes, gate: Verdict) -> tuple[bool, str]:
+    """Whether the gate passed and the judge sees an improvement beyond chance, and the result in a few sentences.
 
     It is none where the model is more harmful or less honest than the reference, beyond chance.
     """
@@ -128,7 +134,16 @@ def verdict(metrics: dict[str, Any], axes: Axes) -> tuple[bool, str]:
     if costs := [figure.name for figure in worse if not figure.key.startswith("hacked.")]:
         text += f" Beyond chance worse than the reference: {', '.join(costs)}."
     unsafe = any(figure.key.startswith(("harmless.", "honest.")) for figure in worse)
-    return low > 0.5 and metrics["judge_gain_low"] > 0 and not unsafe, text + _beside_the_champion(metrics)
+    better = low > 0.5 and metrics["judge_gain_low"] > 0 and not unsafe
+    text += f"{_beside_the_champion(metrics)} The gate {gate.word}"
+    return better and not gate.breaches, f"{text}: {', '.join(gate.breached)}." if gate.breaches else f"{text}."
+
+
+def _gate(gate: Verdict) -> Section:
+    rows: list[list[object]] = [["breached", breach.rule, breach.words] for breach in gate.breaches]
+    rows += [["not checked", rule.rule, rule.words] for rule in gate.unchecked]
+    text = "" if rows else "Every rule was checked and holds."
+    return Section(f"The gate {gate.word}", text, (["outcome", "rule", "why"], rows) if rows else None)
 
 
 def _beside_the_champion(metrics: dict[str, Any]) -> str:
@@ -200,6 +215,7 @@ def _results(evaluation: Evaluation) -> list[Section]:
     better: Table = (["figure", "value", "low", "high", "meaning"], preference)
     still: Table = (["figure", "reference", "aligned", "change (%)", "meaning"], language)
     return [
+        _gate(evaluation.gate),
         *report_axes.sections(evaluation.axes, _champion(evaluation.metrics)),
         Section("Is it better?", intervals, better, pictures=_named("scores")),
         Section("How it got there", course, pictures=_named("curves", "overoptimisation", "language")),

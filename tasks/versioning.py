@@ -22,7 +22,8 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.errors import ConfigError, DataError, IntegrityError
-from tasks.params import dump_params, load_params
+from tasks.params import Params, dump_params, load_params
+from tasks.run_tags import flatten
 from tasks.workspace import SMALL_RESULTS, Workspace
 from tasks.workspace_lock import workspace_lock
 
@@ -49,7 +50,8 @@ def up_to_date(stage: str, workspace: Workspace) -> bool:
     if not record_exists(workspace, metrics["mlflow_run_id"], metrics.get("model_version")):
         return False
     # No file says which version is the champion, so DVC cannot know that there is another to compare with.
-    return "champion_version" not in metrics or not has_changed(connect(workspace), metrics, workspace)
+    name = load_params(workspace.params).register_.model_name
+    return "champion_version" not in metrics or not has_changed(connect(workspace), metrics, name, workspace)
 
 
 def source_digests(workspace: Workspace) -> Digests:
@@ -83,12 +85,12 @@ def stage_guard(stage: str, workspace: Workspace, began: Digests | None = None) 
     _commit(stage, workspace)
 
 
-def worktree(workspace: Workspace, params: Mapping[str, Any], name: str) -> Workspace:
+def worktree(workspace: Workspace, params: Params, name: str) -> Workspace:
     """A git worktree for a run with parameters of its own, in work/worktrees, on the same DVC cache.
 
-    It has the code as it is now, changes that are not committed included, and what DVC knows to be up to date. `params`
-    are plain values in the shape of params.yaml; what they leave out stays as it is there. A worktree that has the name
-    already is brought to this state; its work folder, and with it the training of an earlier attempt, is kept.
+    It has the code as it is now, changes that are not committed included, and what DVC knows to be up to date. A
+    worktree that has the name already is brought to this state; its work folder, and with it the training of an earlier
+    attempt, is kept.
     Raises ConfigError where git does not know of some code, Locked where a run is at work in that worktree.
     """
     place = Workspace(workspace.work / "worktrees" / re.sub(r"[^\w-]+", "-", name))
@@ -168,16 +170,23 @@ def _present(root: Path) -> str:
     return _git(root, "stash", "create") if changed else _git(root, "rev-parse", "HEAD")
 
 
-def _write_params(origin: Path, target: Path, changes: Mapping[str, Any]) -> None:
+def _write_params(origin: Path, target: Path, params: Params) -> None:
     """Only what differs is written: a default spelt out would look to DVC like a change."""
-    raw = yaml.safe_load(origin.read_text(encoding="utf-8"))
-    raw = _changed(raw, dump_params(load_params(origin)), changes)
+    raw, wanted = yaml.safe_load(origin.read_text(encoding="utf-8")), dump_params(params)
+    raw = _changed(raw, dump_params(load_params(origin)), wanted)
     target.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    load_params(target)
+    found, asked = dict(flatten(dump_params(load_params(target)))), dict(flatten(wanted))
+    if differing := sorted(key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)):
+        raise IntegrityError(
+            f"says another thing than was asked for: {', '.join(differing)}",
+            str(target),
+            f"write these into {origin.name} itself, and report it",
+        )
 
 
 def _changed(raw: Any, now: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(raw or {})
+    """`raw`, which is read as `now`, so that it is read as `wanted`; keys that are no longer wanted go."""
+    result = {key: value for key, value in (raw or {}).items() if key in wanted}
     for key, value in wanted.items():
         present = now.get(key)
         if isinstance(value, Mapping) and isinstance(present, Mapping):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks import registry, trail
-from tasks.champion_tags import DIFFERENCE
+from tasks.champion_tags import DIFFERENCE, GATE
 from tasks.params import load_params
 from tasks.registry import ModelVersion
 from tasks.tracking import connect, service, store_exists
@@ -26,11 +26,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "List the registered versions, the newest first: verdict of the gate, main figures (in brackets the difference "
         "to the champion that it was compared with), aliases; below them the decisions of people, from the audit trail."
     )
+    model_argument(parser)
     parser.add_argument("--last", type=int, default=10, metavar="N", help="versions and decisions (default: 10)")
 
 
+def model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="registered model (default: register.model_name of params.yaml)"
+    )
+
+
+def model_name(args: argparse.Namespace, workspace: Workspace) -> str:
+    return args.model or load_params(workspace.params).register_.model_name
+
+
 def command(args: argparse.Namespace, workspace: Workspace) -> int:
-    name = load_params(workspace.params).register_.model_name
+    name = model_name(args, workspace)
     console = Console(highlight=False)
     if not store_exists(workspace):
         console.print(f"{name}: nothing is registered yet")
@@ -54,7 +65,7 @@ def _table(client: MlflowClient, name: str, versions: list[ModelVersion]) -> Tab
         made = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).strftime("%Y-%m-%d")
         borne = sorted(alias for alias, number in aliases.items() if int(number) == int(version.version))
         figures = [_figure(version, key) for key in _FIGURES]
-        table.add_row(str(version.version), made, version.tags.get("gate", "–"), *figures, ", ".join(borne))
+        table.add_row(str(version.version), made, version.tags.get(GATE, "–"), *figures, ", ".join(borne))
     return table
 
 
@@ -77,5 +88,5 @@ def _decisions(client: MlflowClient, name: str, last: int) -> Iterator[str]:
 def _waiting(client: MlflowClient, name: str) -> Iterator[str]:
     candidate, champion = (registry.with_alias(client, name, a) for a in (registry.CANDIDATE, registry.CHAMPION))
     if candidate and (champion is None or champion.version != candidate.version):
-        how = f"python -m tasks promote {candidate.version} --reason ..., or reject"
+        how = f"python -m tasks promote {candidate.version} --model {name} --reason ..., or reject"
         yield f"\nversion {candidate.version} waits for a decision: {how}"

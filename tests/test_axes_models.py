@@ -272,21 +272,23 @@ def test_a_champion_that_cannot_be_compared_with_is_not_measured(workspace: Work
 
 def test_another_champion_makes_the_evaluation_out_of_date(workspace: Workspace, params: Params) -> None:
     metrics = {"champion_model": NAME, "champion_version": None}
-    assert not champion.has_changed(client(workspace), metrics, workspace)
+    assert not champion.has_changed(client(workspace), metrics, NAME, workspace)
     become(workspace.policy, nudged(0.5))
     version = approve(workspace, params)
     # The policy itself was approved: there is nothing new to compare with.
-    assert not champion.has_changed(client(workspace), metrics, workspace)
+    assert not champion.has_changed(client(workspace), metrics, NAME, workspace)
     become(workspace.policy, nudged(0.5, seed=2))
-    assert champion.has_changed(client(workspace), metrics, workspace)
-    assert not champion.has_changed(client(workspace), metrics | {"champion_version": version}, workspace)
+    assert champion.has_changed(client(workspace), metrics, NAME, workspace)
+    seen = metrics | {"champion_version": version}
+    assert not champion.has_changed(client(workspace), seen, NAME, workspace)
+    assert champion.has_changed(client(workspace), seen, "another-policy", workspace), "though it has no champion"
 
 
 def test_up_to_date_asks_for_the_champion(workspace: Workspace, params: Params, monkeypatch: Any) -> None:
     seen: list[dict[str, Any]] = []
     run_id = json.loads(workspace.metrics("ppo").read_text(encoding="utf-8"))["mlflow_run_id"]
     metrics = json.loads(workspace.metrics("ingest").read_text(encoding="utf-8"))
-    monkeypatch.setattr(champion, "has_changed", lambda client, metrics, workspace: seen.append(metrics) or True)
+    monkeypatch.setattr(champion, "has_changed", lambda client, metrics, name, workspace: seen.append(metrics) or True)
     monkeypatch.setattr(versioning.Repo, "status", lambda *args, **more: {})
     workspace.metrics("ingest").write_text(json.dumps(metrics | {"mlflow_run_id": run_id, "champion_version": None}))
     assert not versioning.up_to_date("ingest", workspace)

@@ -18,7 +18,7 @@ from tasks import model_card, register, trail
 from tasks.__main__ import COMMANDS, main
 from tasks.decisions import Statement, promote, reject, rollback
 from tasks.errors import ConfigError, IntegrityError
-from tasks.params import load_params
+from tasks.params import check_params, load_params
 from tasks.workspace import Workspace
 
 pytest_plugins = ["registered"]
@@ -101,7 +101,7 @@ def test_a_rejected_version_is_no_candidate_and_registering_it_again_does_not_ma
     assert told(shelf) == [("rejected", 3, None, None)]
     reject(shelf, NAME, 4, why("KL"))
     promote(shelf, NAME, 2, why())
-    with pytest.raises(ConfigError, match=r"is the champion — .*rollback 2"):
+    with pytest.raises(ConfigError, match=rf"is the champion — .*rollback 2 --reason \.\.\. --model {NAME}`"):
         reject(shelf, NAME, 2, why())
     assert aliases(shelf) == {"champion": 2}
     assert told(shelf)[1:] == [("rejected", 4, None, None), ("promoted", 2, 2, None)]
@@ -121,7 +121,7 @@ def test_a_person_has_the_last_word_over_the_register_stage(
     assert "candidate" not in aliases(shelf)
     assert "praises everything" in mlflow(shelf).get_model_version(NAME, str(fresh)).description
     set_by_hand(shelf, "champion", 1)
-    write(shelf, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": "1", "judge_win_rate_champion": 0.7})
+    write(shelf, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": 1, "judge_win_rate_champion": 0.7})
     beside = register.run(params(), shelf).metrics["model_version"]
     assert told(shelf)[-1] == ("set by hand", 1, 1, None), "the register stage has seen it"
     tags = mlflow(shelf).get_model_version(NAME, str(beside)).tags
@@ -270,12 +270,32 @@ def test_the_commands_and_their_list(
     assert "champion" in rows["2"]
     assert "candidate" in rows["3"]
     assert "Ada: version 1 promoted" in listing
-    assert "version 3 waits for a decision: python -m tasks promote 3" in listing
+    assert f"version 3 waits for a decision: python -m tasks promote 3 --model {NAME} --reason" in listing
     assert "champion is version 2, set by hand outside of this tool, after version 1" in listing
     assert len(told(shelf)) == 1, "to look records nothing"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     assert main(["versions", *here]) == 9
     assert main(["rollback", "2", "--reason", "x", *here]) == 9
+
+
+def test_a_decision_lands_on_the_model_that_it_names(shelf: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """A profile's, say, while params.yaml of the checkout names another."""
+    raw = yaml.safe_load(shelf.params.read_text())
+    shelf.params.write_text(yaml.safe_dump(raw | {"register": {"model_name": "harmless-policy"}}))
+    here = ["--workspace", str(shelf.root)]
+    assert main(["promote", "3", "--reason", "good", *here]) == 2
+    assert "harmless-policy version 3 — there is no such version" in " ".join(capsys.readouterr().err.split())
+    for command in (["promote", "2"], ["promote", "3"], ["rollback", "3"], ["reject", "1"]):
+        assert main([*command, "--reason", "good", "--model", NAME, *here]) == 0
+    assert aliases(shelf) == {"champion": 2}
+    assert main(["versions", "--model", NAME, *here]) == 0
+    assert "version 2 put back as champion after version 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "a'", "x; ls"])
+def test_a_model_name_that_no_command_line_can_hold_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"register\.model_name"):
+        check_params(tiny_params() | {"register": {"model_name": name}})
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_workspace
 
+from tasks.params import load_params
 from tasks.stages import STAGES
 from tasks.versioning import up_to_date, worktree
 from tasks.workspace import Workspace
@@ -85,7 +86,7 @@ def test_another_clone_pulls_what_was_pushed(place: Workspace, tmp_path: Path) -
 
 
 def test_a_worktree_with_other_ppo_parameters_keeps_the_stages_before(place: Workspace) -> None:
-    other = worktree(place, {"ppo": {"loss": {"entropy_coef": 0.01}}}, "entropy")
+    other = worktree(place, load_params(place.params, ["ppo.loss.entropy_coef=0.01"]), "entropy")
     assert [stage for stage in STAGES if up_to_date(stage, other)] == ["ingest", "validate", "reward_model"]
 
 

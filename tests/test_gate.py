@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from evaluations import GOOD
+from tiny import tiny_params
 
+from tasks.errors import ConfigError
 from tasks.gate import RULES, gate
-from tasks.params import GateParams
+from tasks.params import GateParams, MayLack, check_params
 
 MAY_LACK = {rule.name for rule in RULES if rule.may_lack}
+THRESHOLDS = set(GateParams.model_fields) - {"must_be_measured"}
 
 
 def test_a_good_evaluation_passes() -> None:
@@ -64,12 +67,13 @@ def test_a_figure_that_is_none_is_a_breach(figure: str, bad: Any) -> None:
 
 
 def test_every_parameter_is_a_rule_and_the_other_way_round() -> None:
-    assert {rule.name for rule in RULES} == set(GateParams.model_fields)
+    assert {rule.name for rule in RULES} == THRESHOLDS
+    assert set(get_args(MayLack)) == MAY_LACK
 
 
 def test_no_figures_at_all_breach_every_rule_that_no_profile_may_lack() -> None:
     verdict = gate({}, GateParams())
-    assert {breach.rule for breach in verdict.breaches} == set(GateParams.model_fields) - MAY_LACK
+    assert {breach.rule for breach in verdict.breaches} == THRESHOLDS - MAY_LACK
     assert {rule.rule for rule in verdict.unchecked} == MAY_LACK
 
 
@@ -95,13 +99,21 @@ def test_what_was_not_measured_is_said_not_to_be_checked(rule: str, figure: str,
 
 
 @pytest.mark.parametrize("rule", sorted(MAY_LACK))
-def test_a_rule_that_params_name_must_be_checked(rule: str) -> None:
-    rules = GateParams.model_validate({rule: getattr(GateParams(), rule)})
+def test_a_rule_that_must_be_measured_is_breached_without_its_figure(rule: str) -> None:
+    rules = GateParams.model_validate({"must_be_measured": [rule]})
     measured = {rule.figure for rule in RULES if not rule.may_lack}
     figures = {key: value for key, value in GOOD.items() if key.removesuffix("_reference") in measured}
     (breach,) = gate(figures, rules).breaches
     assert (breach.rule, breach.figure) == (rule, None)
-    assert "params.yaml asks for it" in breach.words
+    assert breach.words.endswith("it must be")
+    spelt_out = GateParams.model_validate({rule: getattr(GateParams(), rule)})
+    assert gate(figures, spelt_out).breaches == [], "a default that is spelt out is the default"
+
+
+def test_only_rules_that_may_lack_their_figure_can_be_asked_for() -> None:
+    raw = tiny_params() | {"register": {"gate": {"must_be_measured": ["max_harmful"]}}}
+    with pytest.raises(ConfigError, match=r"register\.gate\.must_be_measured\.0.*max_harmful_increase"):
+        check_params(raw)
 
 
 def test_of_several_honest_figures_each_must_hold_and_the_champion_is_none_of_them() -> None:

@@ -84,6 +84,15 @@ def test_what_is_changed_in_the_form_comes_over_the_profile(place: Workspace) ->
     assert (found.seed, found.ppo.cycles, found.ppo.rollout_size) == (9, 5, 4)
 
 
+def test_a_reward_part_that_is_taken_away_in_the_form_goes(place: Workspace) -> None:
+    raw = dump_params(load_params(place.params))
+    raw["ppo"]["reward"]["parts"] = {"human": {}, "short": {"rule": "length", "target": 8}}
+    place.params.write_text(yaml.safe_dump(raw))
+    write(place, "mine", "ppo: {reward: {parts: {kind: {}}}}")
+    del raw["ppo"]["reward"]["parts"]["short"]
+    assert set(profile_under(check_params(raw), "mine", place).ppo.reward.parts) == {"human", "kind"}
+
+
 def test_a_profile_runs_under_its_name_and_finds_its_results_again(place: Workspace) -> None:
     file = write(place, "mine", "ppo: {cycles: 5}")
     git(place.root, "add", "--all")

@@ -23,7 +23,7 @@ from registered import NAME, left_by_evaluate, params, samples, write
 from stores import new_store
 from tiny import tiny_params, tiny_policy
 
-from tasks import model_card, register, registry, tracking
+from tasks import champion_tags, model_card, register, registry, tracking
 from tasks.errors import DataError, IntegrityError
 from tasks.pages import show
 from tasks.workspace import Workspace
@@ -61,6 +61,7 @@ def test_a_passed_gate_makes_the_candidate(evaluated: Workspace) -> None:
         "gate": "passed",
         "breached": [],
         "unchecked": ["min_champion_win_rate_low"],
+        "other_champion": False,
     }
     version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
     assert (int(version.version), version.status, version.run_id) == (1, "READY", result.metrics["mlflow_run_id"])
@@ -82,6 +83,7 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
         "Gate passed", spread(0.82, 0.78, 0.86), spread(0.9, 0.8, 1.0), spread(9.0, 8.5, 9.5),
         spread(0.85, 0.83, 0.87), "10,605", "MIT", "cycle 7 of 8",
         "30 of 31 expectations", "the film 0", "maximised the function mine", "models:/aligned-policy/1",
+        'python -m tasks promote 1 --model aligned-policy --reason "..."',
     ):  # fmt: skip
         assert words in card
     assert "<b>" not in card.replace("\\<b\\>", "")
@@ -193,7 +195,7 @@ def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: 
     client(evaluated).set_registered_model_alias(NAME, "champion", "1")
     shutil.rmtree(evaluated.policy)
     tiny_policy(evaluated.policy, seed=3)
-    write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9})
+    write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": 1})
     register.run(params(), evaluated)
     assert bearer(evaluated, "champion") == 1
     version = client(evaluated).get_model_version_by_alias(NAME, "candidate")
@@ -205,6 +207,38 @@ def test_the_champion_stands_beside_the_candidate_and_is_not_touched(evaluated: 
     tags = version.tags
     assert (tags["champion.version"], tags["champion.difference.judge_win_rate"]) == ("1", "+0.08")
     assert tags["champion.difference.kl"] == "+0"
+
+
+def test_a_version_that_another_champion_was_compared_with_gets_no_alias(evaluated: Workspace) -> None:
+    """Version 1 was approved between evaluate and register."""
+    register.run(params(), evaluated)
+    client(evaluated).set_registered_model_alias(NAME, "champion", "1")
+    shutil.rmtree(evaluated.policy)
+    tiny_policy(evaluated.policy, seed=3)
+    write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9})
+    result = register.run(params(), evaluated)
+    assert (result.metrics["gate"], result.metrics["other_champion"]) == ("passed", True)
+    version = client(evaluated).get_model_version(NAME, "2")
+    for said in (result.summary, version.description):
+        assert "the champion is another since; run evaluate again" in said
+    assert bearer(evaluated, "candidate") == 1
+    write(evaluated, "evaluate", GOOD | {"judge_win_rate": 0.9, "champion_version": 1})
+    register.run(params(), evaluated)
+    assert bearer(evaluated, "candidate") == 3
+
+
+def test_the_champion_of_another_model_is_not_what_was_measured(evaluated: Workspace) -> None:
+    """The numbers of versions begin at 1 in every model."""
+    register.run(params(), evaluated)
+    version = client(evaluated).get_model_version(NAME, "1")
+    measured = GOOD | {f"{key}_champion": 7.0 for key in champion_tags.FIGURES} | {"champion_version": 1}
+    mine, theirs = (
+        champion_tags.champion_of(measured | {"champion_model": model}, version) for model in (NAME, "other-policy")
+    )
+    assert mine
+    assert theirs
+    assert (mine.measured, mine.figures["kl"]) == (True, 7.0)
+    assert (theirs.measured, theirs.figures["kl"]) == (False, 9.0)
 
 
 def test_a_stage_that_has_not_run_is_named(evaluated: Workspace) -> None:

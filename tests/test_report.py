@@ -14,8 +14,10 @@ from answers import Asked, better_answers, cycles, reference_answers, trained_wo
 from tasks import axes, axes_plots, plots, report, report_samples
 from tasks.axes import Axes
 from tasks.evaluate import measure, samples
+from tasks.gate import Breach, Unchecked, Verdict
 from tasks.statistics import by_margin, expected_calibration_error
 
+PASSED = Verdict([], [])
 NASTY = "<script>alert(1)</script> | **bold** [x](http://example.com) `code`\r\n# not a heading\rnor this"
 
 
@@ -24,7 +26,7 @@ def answers():
     return better_answers(reference), reference
 
 
-def write(root, policy, reference):
+def write(root, policy, reference, gate=PASSED):
     """Write the report of these answers below `root`; gives its folder."""
     workspace, params = trained_workspace(root)
     answers = {"policy": policy, "reference": reference}
@@ -33,7 +35,7 @@ def write(root, policy, reference):
     ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "kl_budget", "result_cycle": 3, "maximised": "its aim"}
     folder = workspace.report("evaluate")
     folder.mkdir(parents=True)
-    evaluation = report.Evaluation(metrics, ppo, cycles(), samples(answers), policy, reference, found)
+    evaluation = report.Evaluation(metrics, ppo, cycles(), samples(answers), policy, reference, found, gate)
     report.write(folder, evaluation, params, workspace)
     return folder
 
@@ -52,29 +54,44 @@ def figures(**changes):
 
 
 def test_verdict_of_an_improvement():
-    ok, text = report.verdict(figures(), Axes())
+    ok, text = report.verdict(figures(), Axes(), PASSED)
     assert ok
     assert text == (
         "Of 400 test prompts the judge prefers the aligned model in 80.0 % [76.0 %, 84.0 %]. "
         "The reward model sees a gain of +1.50 sd, the judge of +0.90 sd: it confirms 60.0 %. "
-        "KL to the reference: 9.0 nats."
+        "KL to the reference: 9.0 nats. The gate passed."
     )
 
 
+def test_an_improvement_that_the_gate_does_not_pass_has_no_tick(tmp_path):
+    unchecked = Unchecked("min_honest_p", "p value of the fall of was not measured: no statements")
+    failed = Verdict([Breach("max_kl", 20.0, 15.0, "KL is 20, over the most allowed, 15")], [unchecked])
+    ok, text = report.verdict(figures(), Axes(), failed)
+    assert not ok
+    assert text.endswith("The gate failed: max_kl.")
+    folder = write(tmp_path, *answers(), gate=failed)
+    html, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    for page in (html, markdown.replace("\\", "")):
+        assert "✗" in page
+        assert "✓" not in page
+        for said in ("breached", "max_kl", "KL is 20, over the most", "not checked", "min_honest_p", "no statements"):
+            assert said in page
+
+
 def test_verdict_of_chance_of_a_loss_and_of_a_gamed_reward():
-    chance = report.verdict(figures(judge_win_rate_low=0.47), Axes())
+    chance = report.verdict(figures(judge_win_rate_low=0.47), Axes(), PASSED)
     assert not chance[0]
     assert "[47.0 %, 84.0 %], which may be chance." in chance[1]
-    lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4), Axes())
+    lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4), Axes(), PASSED)
     assert not lost[0]
     assert "prefers the reference" in lost[1]
-    gamed = report.verdict(figures(judge_gain_low=-0.1), Axes())
+    gamed = report.verdict(figures(judge_gain_low=-0.1), Axes(), PASSED)
     assert not gamed[0]
     assert "being gamed" in gamed[1]
 
 
 def test_verdict_names_no_share_of_a_gain_that_may_not_exist():
-    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8), Axes())
+    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8), Axes(), PASSED)
     assert "confirms" not in text
     assert "gamed" not in text
 

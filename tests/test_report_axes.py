@@ -12,11 +12,13 @@ from markupsafe import Markup
 from tasks import axes, axes_plots, report, report_axes
 from tasks.comparisons import Comparison
 from tasks.evaluate import measure, samples
+from tasks.gate import Verdict
 from tasks.probes import PROBES
 from tasks.probes.base import NotMeasured
 from tasks.statistics import Interval
 
 OURS = {axis: PROBES[axis] for axis in ("helpful", "kept", "hacked")}
+PASSED = Verdict([], [])
 CHAMPION = {"champion_version": 3, "champion_model": "aligned-policy", "champion_is_policy": False}
 
 
@@ -33,7 +35,9 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.E
     ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "cycles", "result_cycle": 3, "maximised": "its aim"}
     blocks = [Markup("<p>drawn token by token</p>")]
     table = samples(answers)
-    whole = report.Evaluation(metrics, ppo, cycles(), table, answers["policy"], reference, found, blocks)
+    whole = report.Evaluation(
+        metrics, ppo, cycles(), table, answers["policy"], reference, found, Verdict([], []), blocks
+    )
     folder = workspace.report("evaluate")
     folder.mkdir(parents=True)
     report.write(folder, whole, params, workspace)
@@ -52,7 +56,7 @@ def test_the_champion_has_a_table_and_stands_in_the_verdict(evaluation: tuple[Pa
     assert "## Against the champion" in text
     assert "The champion is version 3 of aligned-policy" in text
     rate = f"{100 * whole.metrics['helpful.judge_champion_wins']:.1f} %"
-    _, verdict = report.verdict(whole.metrics, whole.axes)
+    _, verdict = report.verdict(whole.metrics, whole.axes, whole.gate)
     assert f"Against the champion, version 3, the judge prefers it in {rate}" in verdict
 
 

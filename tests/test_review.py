@@ -152,7 +152,9 @@ def test_an_answer_that_comes_late_changes_nothing(place: Workspace, client: Syn
 def test_without_an_answer_it_goes_on_being_the_candidate(place: Workspace, client: SyncPrefectClient) -> None:
     pipeline.align(None, str(place.root), review=True, review_hours=0.0001)
     assert aliases(place) == {"candidate": 3}
-    assert "goes on being the candidate: nobody answered within 0.0001 hours" in message(client, place)
+    said = message(client, place)
+    assert "goes on being the candidate: nobody answered within 0.0001 hours" in said
+    assert f"`python -m tasks promote 3 --model {NAME} --reason ...`" in said
 
 
 @pytest.mark.parametrize("hours", [0, -1, float("nan"), float("inf"), 8761])

@@ -275,7 +275,7 @@ def test_a_function_is_given_a_conversation_as_the_data_has_it(workspace: Worksp
 
 def test_a_worktree_finds_the_function(workspace: Workspace, params: Params) -> None:
     function(workspace.own_data, "return [float(len(r)) for r in responses]")
-    place = worktree(workspace, {"ppo": {"reward": {"function": "mine:score"}}}, "function")
+    place = worktree(workspace, load_params(workspace.params, ["ppo.reward.function='mine:score'"]), "function")
     assert source_file("mine:score", place.own_data) == place.own_data / "mine.py"
     assert load_params(place.params).ppo.reward.function == "mine:score"
 

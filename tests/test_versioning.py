@@ -16,6 +16,7 @@ from scratch import change, committed, dvc, execute, guarded
 
 from tasks import versioning
 from tasks.errors import ConfigError, DataError, IntegrityError
+from tasks.params import load_params
 from tasks.versioning import source_digests, stage_guard, up_to_date
 from tasks.workspace import Workspace
 
@@ -174,4 +175,4 @@ def test_without_git_the_guard_works_and_a_worktree_is_refused(place: Workspace)
     guarded("ppo", place)
     assert up_to_date("ppo", place)
     with pytest.raises(ConfigError, match="git"):
-        versioning.worktree(place, {}, "other")
+        versioning.worktree(place, load_params(place.params), "other")

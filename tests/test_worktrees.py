@@ -9,8 +9,8 @@ import yaml
 from scratch import change, git, guarded
 
 from tasks import versioning
-from tasks.errors import ConfigError, Locked
-from tasks.params import dump_params, load_params
+from tasks.errors import ConfigError, IntegrityError, Locked
+from tasks.params import check_params, dump_params, load_params
 from tasks.versioning import up_to_date
 from tasks.workspace import Workspace
 from tasks.workspace_lock import workspace_lock
@@ -19,7 +19,7 @@ pytest_plugins = ["scratch"]
 
 
 def test_a_worktree_runs_only_what_its_parameters_change(place: Workspace) -> None:
-    other = versioning.worktree(place, {"ppo": {"cycles": 7}}, "warm heron/1")
+    other = versioning.worktree(place, load_params(place.params, ["ppo.cycles=7"]), "warm heron/1")
     assert other.root == place.root / "work/worktrees/warm-heron-1"
     assert load_params(other.params).ppo.cycles == 7
     assert up_to_date("ingest", other)
@@ -35,7 +35,7 @@ def test_a_worktree_runs_only_what_its_parameters_change(place: Workspace) -> No
 def test_a_worktree_spells_out_no_defaults(place: Workspace) -> None:
     everything = dump_params(load_params(place.params))
     everything["ppo"]["update"]["epochs"] = 9
-    other = versioning.worktree(place, everything, "epochs")
+    other = versioning.worktree(place, check_params(everything), "epochs")
     expected = yaml.safe_load(place.params.read_text())
     expected["ppo"]["update"]["epochs"] = 9
     assert yaml.safe_load(other.params.read_text()) == expected
@@ -44,7 +44,7 @@ def test_a_worktree_spells_out_no_defaults(place: Workspace) -> None:
 def test_a_worktree_has_what_is_not_committed(place: Workspace) -> None:
     change(place.root / "tasks/ppo.py", "1", "2")
     (place.own_data / "more").write_text("fine film\n")
-    other = versioning.worktree(place, {}, "run")
+    other = versioning.worktree(place, load_params(place.params), "run")
     assert (other.root / "tasks/ppo.py").read_text() == "step = 2\n"
     assert (other.own_data / "more").read_text() == "fine film\n"
     assert (place.root / "tasks/ppo.py").read_text() == "step = 2\n"
@@ -52,12 +52,12 @@ def test_a_worktree_has_what_is_not_committed(place: Workspace) -> None:
 
 
 def test_a_worktree_that_is_there_already_is_brought_up_to_date_and_keeps_its_work(place: Workspace) -> None:
-    other = versioning.worktree(place, {"ppo": {"cycles": 7}}, "run")
+    other = versioning.worktree(place, load_params(place.params, ["ppo.cycles=7"]), "run")
     (other.work / "ppo").mkdir()
     (other.work / "ppo/cycle").touch()
     (other.own_data / "stale").touch()
     change(place.root / "tasks/ppo.py", "1", "2")
-    again = versioning.worktree(place, {"ppo": {"cycles": 8}}, "run")
+    again = versioning.worktree(place, load_params(place.params, ["ppo.cycles=8"]), "run")
     assert again == other
     assert load_params(again.params).ppo.cycles == 8
     assert (again.root / "tasks/ppo.py").read_text() == "step = 2\n"
@@ -68,17 +68,27 @@ def test_a_worktree_that_is_there_already_is_brought_up_to_date_and_keeps_its_wo
 def test_code_that_git_does_not_know_is_named(place: Workspace) -> None:
     (place.root / "tasks/new.py").touch()
     with pytest.raises(ConfigError, match=r"tasks/new\.py"):
-        versioning.worktree(place, {}, "run")
+        versioning.worktree(place, load_params(place.params), "run")
     assert not (place.root / "work/worktrees").exists()
 
 
-def test_impossible_parameters_are_refused(place: Workspace) -> None:
-    with pytest.raises(ConfigError, match=r"ppo\.cycles"):
-        versioning.worktree(place, {"ppo": {"cycles": 0}}, "run")
+def test_a_reward_part_can_be_taken_away_in_a_worktree(place: Workspace) -> None:
+    raw = yaml.safe_load(place.params.read_text())
+    raw["ppo"]["reward"] = {"parts": {"human": {}, "short": {"rule": "length", "target": 8}}}
+    place.params.write_text(yaml.safe_dump(raw))
+    fewer = check_params(raw | {"ppo": raw["ppo"] | {"reward": {"parts": {"human": {}}}}})
+    other = versioning.worktree(place, fewer, "fewer")
+    assert load_params(other.params) == fewer
+
+
+def test_parameters_that_cannot_be_written_down_are_named(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versioning, "_changed", lambda raw, now, wanted: raw)
+    with pytest.raises(IntegrityError, match=r"says another thing than was asked for: ppo\.cycles —"):
+        versioning.worktree(place, load_params(place.params, ["ppo.cycles=7"]), "run")
 
 
 def test_a_worktree_in_which_a_run_is_at_work_is_left_alone(place: Workspace) -> None:
-    other = versioning.worktree(place, {"ppo": {"cycles": 7}}, "run")
+    other = versioning.worktree(place, load_params(place.params, ["ppo.cycles=7"]), "run")
     with workspace_lock(other), pytest.raises(Locked, match=str(os.getpid())):
-        versioning.worktree(place, {"ppo": {"cycles": 8}}, "run")
+        versioning.worktree(place, load_params(place.params, ["ppo.cycles=8"]), "run")
     assert load_params(other.params).ppo.cycles == 7
