@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens under the law that sampled them.
 
-Shapes: B batch, R response position ([B, R] may be [N], any tokens), V vocabulary. `logits[:, t]` predicts `tokens[:, t]`: the shift by one happens
-where the hidden states are sliced (`models`), once.
+Shapes: B batch, R response position, V vocabulary; [B, R] may be [N], any tokens. `logits[:, t]` predicts
+`tokens[:, t]`: the shift by one happens where the hidden states are sliced (`models`), once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The losses of PPO and of preference learning.
 
-Shapes: [B, R] (batch, response position), or [N], tokens of any rows. Masks as in `masking`. Every loss is a sum over counted tokens divided by
-`denominator`: pass the minibatch's number of counted tokens, and the losses of its micro-batches add up to its own.
-A denominator [B, 1] divides each response by a number of its own (`denominators`).
+Shapes: [B, R] (batch, response position), or [N], tokens of any rows. Masks as in `masking`. Every loss is a sum over
+counted tokens divided by `denominator`: pass the minibatch's number of counted tokens, and the losses of its
+micro-batches add up to its own. A denominator [B, 1] divides each response by a number of its own (`denominators`).
 """
 
 from __future__ import annotations
