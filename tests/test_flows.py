@@ -30,7 +30,7 @@ import tasks.tracking
 import tasks.versioning
 from flows import gpu, lifecycle, pipeline, review
 from tasks.errors import DataError, Problem, ResourceError, ServiceError
-from tasks.params import Params, load_params
+from tasks.params import Params, dump_params, load_params
 from tasks.stages import STAGES, StageResult
 from tasks.workspace import Workspace
 
@@ -236,11 +236,11 @@ def test_other_parameters_run_in_a_worktree_the_same_ones_in_the_same(
     asked: list[tuple[int, str]] = []
     stages.done = set(STAGES) - {"validate"}
 
-    def worktree(workspace: Workspace, params: dict[str, Any], name: str) -> Workspace:
-        asked.append((params["ppo"]["cycles"], name))
+    def worktree(workspace: Workspace, params: Params, name: str) -> Workspace:
+        asked.append((params.ppo.cycles, name))
         other = Workspace(tmp_path / "elsewhere")
         other.root.mkdir(exist_ok=True)
-        other.params.write_text(yaml.safe_dump(params), encoding="utf-8")
+        other.params.write_text(yaml.safe_dump(dump_params(params)), encoding="utf-8")
         return other
 
     monkeypatch.setattr(tasks.versioning, "worktree", worktree)
