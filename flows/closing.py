@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tasks.champion_tags import BREACHED, EVALUATE_AGAIN, GATE, OTHER
+from tasks.registration.champion_tags import BREACHED, EVALUATE_AGAIN, GATE, OTHER
 from tasks.workspace import Workspace
 
 _FIGURES = (

@@ -28,13 +28,13 @@ from pydantic import Field
 from flows import lifecycle
 from flows.artifacts import mlflow_address
 from flows.background import meanwhile
-from tasks.champion_tags import DIFFERENCE, FIGURES, GATE, VERSION
 from tasks.errors import ProximalError
 from tasks.pages import markdown_table
+from tasks.registration.champion_tags import DIFFERENCE, FIGURES, GATE, VERSION
 from tasks.workspace import Workspace
 
 if TYPE_CHECKING:
-    from tasks.trail import Decision
+    from tasks.registration.trail import Decision
 
 NAME = "review"
 REVIEW_HOURS = 72.0
@@ -100,7 +100,7 @@ class _Registry:
 
     @classmethod
     def look(cls, workspace: Workspace, name: str) -> _Registry:
-        from tasks import registry, trail  # MLflow takes seconds to import
+        from tasks.registration import registry, trail  # MLflow takes seconds to import
         from tasks.tracking import connect, service
 
         client = connect(workspace)
@@ -176,7 +176,7 @@ def _end(run_id: UUID, workspace: Workspace, name: str, seen: _Registry, hours: 
 
 def _apply(answer: Review, name: str, version: int, workspace: Workspace, seen: _Registry) -> str:
     """Do what the form says, unless the registry is no longer what it was when the form was made."""
-    from tasks.decisions import NOBODY, Statement, promote, reject
+    from tasks.registration.decisions import NOBODY, Statement, promote, reject
 
     if changed := _Registry.look(workspace, name).changes(seen):
         return f"{name} version {version}: the form changed nothing, it was decided elsewhere: {changed}"

@@ -26,11 +26,11 @@ from tasks.workspace import Workspace
 from tasks.workspace_lock import workspace_lock
 
 COMMANDS = {
-    "inspect": ("tasks.inspect_command", "look at completions token by token: value, reward, advantage, KL"),
-    "versions": ("tasks.versions", "list what is registered, with the decisions on it"),
-    "promote": ("tasks.decisions", "make a registered version the champion"),
-    "reject": ("tasks.decisions", "record that a version is not to be champion"),
-    "rollback": ("tasks.decisions", "put back the champion of before"),
+    "inspect": ("tasks.inspector.command", "look at completions token by token: value, reward, advantage, KL"),
+    "versions": ("tasks.registration.versions", "list what is registered, with the decisions on it"),
+    "promote": ("tasks.registration.decisions", "make a registered version the champion"),
+    "reject": ("tasks.registration.decisions", "record that a version is not to be champion"),
+    "rollback": ("tasks.registration.decisions", "put back the champion of before"),
 }
 """What is no stage: its module and a line of help. The module offers `arguments(parser)`, which also finds the
 command's `name` among the parser's defaults, and `command(args, workspace)`, which returns the exit code."""

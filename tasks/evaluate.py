@@ -18,15 +18,18 @@ import numpy as np
 import pandas as pd
 
 from ppo_core.seeds import derive
-from tasks import axes, champion, inspection, inspector, report
-from tasks.champion import Champion
-from tasks.comparisons import BROKEN_MODEL, bounds
 from tasks.errors import DataError, TrainingHealthError
-from tasks.gate import gate
+from tasks.evaluation import axes
+from tasks.evaluation.comparisons import BROKEN_MODEL, bounds
+from tasks.evaluation.gate import gate
+from tasks.evaluation.responders import Responders
+from tasks.inspector import drawing, inspection
+from tasks.models.responses import Responses
 from tasks.params import Params
 from tasks.probes.base import CHAMPION, POLICY, REFERENCE, TEST, NotMeasured
-from tasks.responders import Responders
-from tasks.responses import Responses
+from tasks.registration import champion
+from tasks.registration.champion import Champion
+from tasks.reports.evaluation import Evaluation, verdict, write_report
 from tasks.stages import StageResult
 from tasks.statistics import (
     bootstrap_mean,
@@ -64,12 +67,12 @@ def run(params: Params, workspace: Workspace) -> StageResult:
             evaluation = _evaluated(params, workspace, approved, ppo | {"mlflow_run_id": tracker.run_id}, cycles)
         _write(evaluation, params, workspace)
         tracker.log_stage("evaluate", evaluation.metrics, workspace.report("evaluate"))
-    return StageResult(evaluation.metrics, report.verdict(evaluation.metrics, evaluation.axes, evaluation.gate)[1])
+    return StageResult(evaluation.metrics, verdict(evaluation.metrics, evaluation.axes, evaluation.gate)[1])
 
 
 def _evaluated(
     params: Params, workspace: Workspace, approved: Champion, ppo: dict[str, Any], cycles: pd.DataFrame
-) -> report.Evaluation:
+) -> Evaluation:
     asked = Responders(params, workspace, cycles, approved.folder)
     answers = {subject: asked.responses(subject, TEST) for subject in asked.subjects}
     for subject, responses in answers.items():
@@ -82,9 +85,9 @@ def _evaluated(
     metrics |= found.metrics | approved.facts | {"mlflow_run_id": ppo["mlflow_run_id"]}
     del asked  # its models: the inspector loads its own
     prompts = inspection.drawn_prompts(params, workspace, TEST, params.evaluate.inspect)
-    looked_at = inspector.blocks(inspection.inspect(params, workspace, prompts, inspection.COMPLETIONS))
+    looked_at = drawing.blocks(inspection.inspect(params, workspace, prompts, inspection.COMPLETIONS))
     judged = gate(metrics, params.register_.gate)
-    return report.Evaluation(
+    return Evaluation(
         metrics, ppo, cycles, samples(answers), answers[POLICY], answers[REFERENCE], found, judged, looked_at
     )
 
@@ -164,13 +167,13 @@ def _training(workspace: Workspace) -> tuple[dict[str, Any], pd.DataFrame]:
     return json.loads(metrics.read_text(encoding="utf-8")), pd.read_csv(curves)
 
 
-def _write(evaluation: report.Evaluation, params: Params, workspace: Workspace) -> None:
+def _write(evaluation: Evaluation, params: Params, workspace: Workspace) -> None:
     """Samples and report, each written beside its place and moved there whole."""
     folder, table = workspace.report("evaluate"), workspace.samples
     beside, table_beside = _beside(folder), _beside(table)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    report.write(beside, evaluation, params, workspace)
+    write_report(beside, evaluation, params, workspace)
     evaluation.samples.to_parquet(table_beside, index=False)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -2,7 +2,7 @@
 
 The sole home of Great Expectations. A suite covers one table; an expectation carries in its `meta` a name, what it
 says in plain words, and the mend. Facts that need more than one row or table (is this text in another split too?)
-are columns that `tasks.data_facts` derives beforehand.
+are columns that `tasks.data.facts` derives beforehand.
 
 Great Expectations reports `success=False` for a breach, for a breach that only warns, and for an expectation that
 could not be evaluated; `check` keeps the three apart.
@@ -31,7 +31,7 @@ from great_expectations.expectations.metrics.map_metric_provider.column_pair_con
     column_pair_condition_partial,
 )
 
-from tasks.data_facts import COLUMNS, PAIR_SPLITS, PROMPT_SPLITS
+from tasks.data.facts import COLUMNS, PAIR_SPLITS, PROMPT_SPLITS
 from tasks.params import Params
 
 # This module of theirs sets a level of its own.

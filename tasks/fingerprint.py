@@ -13,7 +13,7 @@ import torch
 
 from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
-from tasks.own_function import source_file
+from tasks.models.own_function import source_file
 from tasks.params import Params, dump_params
 from tasks.workspace import Workspace
 
@@ -22,8 +22,9 @@ NOT_THE_COURSE = ("cycles", "target", "kl_budget", "keep_states")
 continues it."""
 CODE = (
     "ppo_core",
-    *(f"tasks/{name}.py" for name in ("own_function", "ppo", "preference_models", "responses", "rewards")),
-    *(f"tasks/{name}.py" for name in ("statistics", "training_texts")),
+    "tasks/ppo.py",
+    "tasks/statistics.py",
+    *(f"tasks/models/{n}.py" for n in ("own_function", "preference_models", "responses", "rewards", "training_texts")),
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 

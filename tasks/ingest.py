@@ -15,18 +15,18 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.base_models import write_judge, write_policy, write_reward
-from tasks.canonical import Item, Lengths, build, without_duplicates
+from tasks.data.canonical import Item, Lengths, build, without_duplicates
+from tasks.data.formats import Preference, RatedText, read_feedback, read_rated_tables
+from tasks.data.probe_data import apart, read_probes
+from tasks.data.rows import BadRows
+from tasks.data.scored import BarePrompt, read_prompts, read_replies
+from tasks.data.sources import Fetched, fetch, files_of
+from tasks.data.splits import held_by
 from tasks.data_params import DataSource, IngestParams, ProbeSource, SourceParams
 from tasks.errors import DataError, Problem
-from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
+from tasks.models.base_models import write_judge, write_policy, write_reward
 from tasks.params import Params
-from tasks.probe_data import apart, read_probes
-from tasks.rows import BadRows
-from tasks.scored import BarePrompt, read_prompts, read_replies
 from tasks.seals import seal
-from tasks.sources import Fetched, fetch, files_of
-from tasks.splits import held_by
 from tasks.stages import StageResult
 from tasks.workspace import Workspace
 

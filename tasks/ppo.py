@@ -20,19 +20,19 @@ from ppo_core.diagnostics import over_cycle
 from ppo_core.models import ActorCritic
 from ppo_core.trainer import Trainer
 from ppo_core.weights import install
-from tasks.critic import write_critic
 from tasks.errors import TrainingHealthError
 from tasks.fingerprint import fingerprint
+from tasks.models.critic import write_critic
+from tasks.models.preference_models import load_base, load_tokenizer
+from tasks.models.responses import Examiner
+from tasks.models.rewards import described, load_trained, new_reward, only
+from tasks.models.training_texts import preferred_texts, training_prompts
 from tasks.params import Params
-from tasks.preference_models import load_base, load_tokenizer
-from tasks.responses import Examiner
-from tasks.rewards import described, load_trained, new_reward, only
 from tasks.run_folder import Record, RunFolder, Weights
 from tasks.seals import seal
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
-from tasks.training_texts import preferred_texts, training_prompts
 from tasks.workspace import Workspace
 
 log = logging.getLogger(__name__)

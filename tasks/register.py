@@ -15,12 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from tasks import champion, champion_tags, model_card, registry, trail
 from tasks.errors import DataError
-from tasks.gate import Verdict, gate
+from tasks.evaluation.gate import Verdict, gate
 from tasks.origin import versions
 from tasks.params import GateParams, Params
-from tasks.registry import ModelVersion
+from tasks.registration import champion, champion_tags, model_card, registry, trail
+from tasks.registration.registry import ModelVersion
 from tasks.run_tags import git_tags
 from tasks.stages import StageResult
 from tasks.tracking import Tracker, service

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ppo_core.preferences import Pairs, fit
 from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, Scorer, TextScorer, score_texts
 from ppo_core.seeds import derive
-from tasks import preference_models as models
 from tasks.errors import ConfigError, TrainingHealthError
+from tasks.models import preference_models as models
+from tasks.models.preference_models import label
 from tasks.params import Params, PreferenceTraining
-from tasks.preference_models import label
-from tasks.reward_report import write_report
+from tasks.reports.reward_model import write_report
 from tasks.stages import StageResult
 from tasks.statistics import accuracy_interval, by_margin, expected_calibration_error, rater_ceiling
 from tasks.workspace import Workspace

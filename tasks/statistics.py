@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:  # it brings torch, which nothing here needs
-    from tasks.responses import Responses
+    from tasks.models.responses import Responses
 
 Z = 1.959963984540054
 """The normal law's 97.5 % quantile."""

@@ -24,11 +24,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from ppo_core.digests import sha256
-from tasks import registry
 from tasks.addresses import public_uri
 from tasks.errors import Locked, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
+from tasks.registration import registry
 from tasks.run_tags import cut, flatten, gap_tags, git_tags, numbers
 from tasks.workspace import Workspace
 from tasks.workspace_lock import in_turn

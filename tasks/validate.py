@@ -15,12 +15,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks import data_report, expectations
-from tasks.data_facts import COLUMNS, Tables, derive, describe
+from tasks import expectations
+from tasks.data.facts import COLUMNS, Tables, derive, describe
+from tasks.data.splits import held_by
 from tasks.errors import DataError, Problem
 from tasks.expectations import Finding, check
 from tasks.params import Params
-from tasks.splits import held_by
+from tasks.reports.data import write_report
 from tasks.stages import StageResult, write_metrics
 from tasks.workspace import Workspace
 
@@ -29,7 +30,7 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     """Check the canonical data. Raises DataError that names every critical breach and its first offending rows."""
     findings, tables = examine(params, workspace)
     figures = describe(tables) if tables else {}
-    data_report.write(workspace.report("validate"), findings, tables, figures)
+    write_report(workspace.report("validate"), findings, tables, figures)
     result = StageResult(_metrics(findings, figures), _summary(findings))
     breaches = [finding for finding in findings if finding.critical]
     if breaches:

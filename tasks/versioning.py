@@ -44,7 +44,7 @@ def up_to_date(stage: str, workspace: Workspace) -> bool:
     metrics = json.loads(workspace.metrics(stage).read_text(encoding="utf-8"))
     if "mlflow_run_id" not in metrics:
         return True
-    from tasks.champion import has_changed
+    from tasks.registration.champion import has_changed
     from tasks.tracking import connect, record_exists  # MLflow takes seconds to import
 
     if not record_exists(workspace, metrics["mlflow_run_id"], metrics.get("model_version")):

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import tiny
 
+from tasks.models.responses import Responses
 from tasks.params import Params, check_params
 from tasks.probes.base import TEST, Continuation, Missing
-from tasks.responses import Responses
 from tasks.workspace import Workspace
 
 FINGERPRINT = "f" * 16

@@ -77,7 +77,7 @@ def own(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def get(own: Workspace, tmp_path: Path) -> Callable[..., Any]:
     """fetch() into the workspace `own`, with the fixed arguments filled in."""
-    from tasks.sources import fetch  # brings `datasets`, which takes seconds and few tests need
+    from tasks.data.sources import fetch  # brings `datasets`, which takes seconds and few tests need
 
     (tmp_path / "scratch").mkdir()
     return functools.partial(fetch, workspace=own, scratch=tmp_path / "scratch")

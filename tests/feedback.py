@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from tiny import tiny_params
 
-from tasks.data_facts import PAIR_SPLITS, PROMPT_SPLITS
+from tasks.data.facts import PAIR_SPLITS, PROMPT_SPLITS
 from tasks.params import Params, check_params
 from tasks.workspace import Workspace
 

@@ -63,7 +63,7 @@ POINTS = {
     "gradient computed": Point("before", "torch.optim:AdamW.step", STEP),
     "optimiser stepped": Point("after", "torch.optim:AdamW.step", STEP),
     "iteration done": Point("after", STEP),
-    "dev prompts answered": Point("after", "tasks.responses:Examiner.ask"),
+    "dev prompts answered": Point("after", "tasks.models.responses:Examiner.ask"),
     # its checkpoint: the first is the trainer's state, the second the cycle's weights and record
     "save begun": Point("before", SAVE),
     "tensors written": Point("after", "ppo_core.checkpoint:save_file", SAVE),
@@ -86,13 +86,13 @@ POINTS = {
     # the end of the stage
     "policy written beside": Point("before", "pathlib:Path.rename", "tasks.ppo:PPORun._write_policy"),
     "policy in place": Point("after", "pathlib:Path.rename", "tasks.ppo:PPORun._write_policy"),
-    "critic written beside": Point("before", "pathlib:Path.rename", "tasks.critic:write_critic"),
-    "critic in place": Point("after", "pathlib:Path.rename", "tasks.critic:write_critic"),
+    "critic written beside": Point("before", "pathlib:Path.rename", "tasks.models.critic:write_critic"),
+    "critic in place": Point("after", "pathlib:Path.rename", "tasks.models.critic:write_critic"),
     "result recorded": Point("after", "tasks.tracking:Tracker.log_stage"),
     "metrics written": Point("after", "tasks.stages:write_metrics"),
     # registration
     "version created": Point("after", f"{CLIENT}.create_model_version"),
-    "version verified": Point("after", "tasks.registry:verify_version"),
+    "version verified": Point("after", "tasks.registration.registry:verify_version"),
     "alias set": Point("after", f"{CLIENT}.set_registered_model_alias"),
 }
 

@@ -18,11 +18,13 @@ from mlflow import MlflowClient
 from stores import new_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks import axes, champion, evaluate, registry, tracking, versioning
-from tasks.gate import gate
+from tasks import evaluate, tracking, versioning
+from tasks.evaluation import axes
+from tasks.evaluation.gate import gate
+from tasks.evaluation.responders import Responders
 from tasks.params import Params, load_params
 from tasks.probes.base import Continuation
-from tasks.responders import Responders
+from tasks.registration import champion, registry
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 

@@ -1,4 +1,4 @@
-"""tasks.base_models: a GGUF file becomes the model that it was written from, once."""
+"""tasks.models.base_models: a GGUF file becomes the model that it was written from, once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks import base_models
-from tasks.base_models import write_policy, write_reward
+from tasks.data.sources import Fetched
 from tasks.errors import DataError
+from tasks.models import base_models
+from tasks.models.base_models import write_policy, write_reward
 from tasks.params import check_params
-from tasks.sources import Fetched
 from tasks.workspace import Workspace
 
 

@@ -21,11 +21,11 @@ from ppo_core.rollout import CombinedReward, LengthReward
 from ppo_core.tokens import encode_response
 from ppo_core.types import Samples, Sequences
 from tasks import reward_model
+from tasks.data.sources import digest
 from tasks.errors import ConfigError
+from tasks.models.preference_models import trained_names
+from tasks.models.rewards import described, new_reward
 from tasks.params import Params, check_params, load_params
-from tasks.preference_models import trained_names
-from tasks.rewards import described, new_reward
-from tasks.sources import digest
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tasks.comparisons import Comparison, as_metrics, judged, sign_flip
 from tasks.errors import TrainingHealthError
+from tasks.evaluation.comparisons import Comparison, as_metrics, judged, sign_flip
 from tasks.probes.base import Figure
 from tasks.statistics import Interval, bootstrap_mean
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.completion_tree import Branch, grow, leaves, place
+from tasks.inspector.tree import Branch, grow, leaves, place
 
 #              1 2 ┬ 3
 #            ┌─────┼ 4 5 (twice)

@@ -19,8 +19,8 @@ from tiny import tiny_params, tiny_policy
 
 from ppo_core import weights
 from tasks import tracking
-from tasks.cycle_model import load_cycle, load_policy
 from tasks.params import check_params
+from tasks.registration.cycle_model import load_cycle, load_policy
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 

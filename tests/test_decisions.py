@@ -14,11 +14,12 @@ from registered import GOOD, NAME, aliases, mlflow, params, register_another, wr
 from tiny import tiny_params
 
 from flows.server import free_port
-from tasks import model_card, register, trail
+from tasks import register
 from tasks.__main__ import COMMANDS, main
-from tasks.decisions import Statement, promote, reject, rollback
 from tasks.errors import ConfigError, IntegrityError
 from tasks.params import check_params, load_params
+from tasks.registration import model_card, trail
+from tasks.registration.decisions import Statement, promote, reject, rollback
 from tasks.workspace import Workspace
 
 pytest_plugins = ["registered"]

@@ -17,10 +17,10 @@ import pytest
 from answers import FINGERPRINT, Asked, better_answers, reference_answers, trained_workspace
 
 from tasks import evaluate
-from tasks.champion import Champion
 from tasks.errors import DataError, TrainingHealthError
 from tasks.evaluate import measure
-from tasks.responses import Responses
+from tasks.models.responses import Responses
+from tasks.registration.champion import Champion
 from tasks.stages import run_stage
 from tasks.statistics import compare
 
@@ -215,7 +215,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(staged, trained,
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(evaluate.report, "write", full)
+    monkeypatch.setattr(evaluate, "write_report", full)
     with pytest.raises(OSError, match="no space"):
         evaluate.run(params, workspace)
     assert earlier.read_text() == "earlier"

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from feedback import PER_SPLIT, Data, small_params
 
-from tasks.data_facts import PAIR_SPLITS
+from tasks.data.facts import PAIR_SPLITS
 from tasks.expectations import check, sources_suite
 from tasks.validate import examine
 

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ppo_core.tokens import encode_prompt
-from tasks import base_models, rows
 from tasks.__main__ import main
-from tasks.formats import read_feedback
+from tasks.data import rows
+from tasks.data.formats import read_feedback
+from tasks.data.sources import digest
+from tasks.models import base_models
 from tasks.seals import SEAL, seal
-from tasks.sources import digest
 from tasks.workspace import Workspace
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -264,8 +265,8 @@ PEAK = """
 import sys
 from pathlib import Path
 from tasks.errors import DataError
-from tasks.formats import read_feedback
-from tasks.rows import BadRows
+from tasks.data.formats import read_feedback
+from tasks.data.rows import BadRows
 
 def peak():
     status = Path("/proc/self/status").read_text()

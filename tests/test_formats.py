@@ -1,4 +1,4 @@
-"""tasks.formats and tasks.rows: what each format becomes, and that every bad row is named by file, row and field."""
+"""tasks.data.formats and rows: what each format becomes, and that every bad row is named by file, row and field."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.data.formats import Preference, RatedText, read_feedback, read_rated_tables
+from tasks.data.rows import MAX_ROW, BadRows
 from tasks.errors import DataError
-from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
-from tasks.rows import MAX_ROW, BadRows
 
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 

@@ -25,12 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppo_core.checkpoint import MANIFEST, load_plain, load_tensors, save_checkpoint, verify_checkpoint
-from tasks.base_models import write_judge, write_policy
+from tasks.data.formats import Preference, RatedText, read_feedback, read_rated_tables
+from tasks.data.rows import BadRows
+from tasks.data.sources import Fetched
 from tasks.errors import ConfigError, IntegrityError, Problem, ProximalError
-from tasks.formats import Preference, RatedText, read_feedback, read_rated_tables
+from tasks.models.base_models import write_judge, write_policy
 from tasks.params import check_params, dump_params, load_params
-from tasks.rows import BadRows
-from tasks.sources import Fetched
 from tasks.workspace import Workspace
 
 FORMATS = ("preferences", "messages", "hh", "ratings")

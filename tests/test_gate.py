@@ -10,7 +10,7 @@ from evaluations import GOOD
 from tiny import tiny_params
 
 from tasks.errors import ConfigError
-from tasks.gate import RULES, gate
+from tasks.evaluation.gate import RULES, gate
 from tasks.params import GateParams, MayLack, check_params
 
 MAY_LACK = {rule.name for rule in RULES if rule.may_lack}

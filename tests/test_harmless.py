@@ -16,15 +16,15 @@ from answers import Asked, reference_answers
 from transformers import AutoModelForCausalLM
 
 from ppo_core.tokens import decode, encode_prompt, encode_response
-from tasks import axes
-from tasks.gate import gate
-from tasks.harm_classifier import Encoder, HarmClassifier, Unfit, _auc, _cross_validated
+from tasks.evaluation import axes
+from tasks.evaluation.gate import gate
+from tasks.models.preference_models import load_tokenizer
+from tasks.models.responses import Responses
 from tasks.params import GateParams, check_params
-from tasks.preference_models import load_tokenizer
 from tasks.probes import harmless
 from tasks.probes.base import POLICY, REFERENCE, Figure, NotMeasured
-from tasks.refusals import refuses
-from tasks.responses import Responses
+from tasks.probes.harm_classifier import Encoder, HarmClassifier, Unfit, _auc, _cross_validated
+from tasks.probes.refusals import refuses
 from tasks.workspace import Workspace
 
 TOKENS = 16

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_core.tokens import encode_prompt, encode_response
 from tasks.__main__ import main
-from tasks.canonical import opening
+from tasks.data.canonical import opening
+from tasks.data.sources import digest
+from tasks.data.splits import normal
 from tasks.data_params import PromptParams
 from tasks.errors import DataError
 from tasks.ingest import run
 from tasks.params import check_params
-from tasks.sources import digest
-from tasks.splits import normal
 from tasks.workspace import Workspace
 
 SMALL = {"dev": 2, "test": 3}

@@ -16,11 +16,11 @@ from stores import new_store
 from transformers import AutoModelForCausalLM
 
 from ppo_core.tokens import encode_prompt
-from tasks import inspect_command, inspection
 from tasks.errors import ConfigError, DataError
-from tasks.inspection import Completion, Inspection, Prompt
+from tasks.inspector import command, inspection
+from tasks.inspector.inspection import Completion, Inspection, Prompt
+from tasks.models.preference_models import load_tokenizer
 from tasks.params import Params, load_params
-from tasks.preference_models import load_tokenizer
 from tasks.run_folder import CRITIC
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
@@ -186,19 +186,19 @@ def test_prompts_as_a_person_types_them() -> None:
 
 def test_the_command_writes_a_page(trained: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    inspect_command.arguments(parser)
+    command.arguments(parser)
     out = tmp_path / "new" / "page.html"
     asked = ["--completions", "2", "--out", str(out)]
-    assert inspect_command.command(parser.parse_args(["--rows", "3,0", *asked]), trained) == 0
+    assert command.command(parser.parse_args(["--rows", "3,0", *asked]), trained) == 0
     assert capsys.readouterr().out == f"{out}\n"
     page = out.read_text(encoding="utf-8")
     rows = inspection.split_prompts(trained, "dev")
     assert page.index(rows[3].text) < page.index(rows[0].text)
     with pytest.raises(ConfigError, match="--rows — no row 99 — dev has rows 0 to 7"):
-        inspect_command.command(parser.parse_args(["--rows", "99", *asked]), trained)
+        command.command(parser.parse_args(["--rows", "99", *asked]), trained)
     for wrong in (["--split", "test"], ["--completions", "0"], ["--rows", "1,x"], ["--rows", "-1"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
     assert "'1,x' is no list of rows such as 0,5,9" in capsys.readouterr().err
     with pytest.raises(DataError, match="models/policy — is missing — train one first"):
-        inspect_command.command(parser.parse_args(["--params", str(trained.params)]), Workspace(tmp_path))
+        command.command(parser.parse_args(["--params", str(trained.params)]), Workspace(tmp_path))

@@ -9,11 +9,11 @@ from html import unescape
 import pytest
 from test_pages import HOSTILE, Reader
 
-from tasks import inspector
-from tasks.diverging import Diverging, signed
-from tasks.inspection import Completion, Inspection, Prompt, Token
-from tasks.inspector_style import LENSES
-from tasks.inspector_tree import from_the_best
+from tasks.inspector import drawing
+from tasks.inspector.diverging import Diverging, signed
+from tasks.inspector.drawn_tree import from_the_best
+from tasks.inspector.inspection import Completion, Inspection, Prompt, Token
+from tasks.inspector.style import LENSES
 
 INK = "#1b1f24"
 
@@ -41,7 +41,7 @@ def test_text_is_shown_and_never_obeyed() -> None:
         hostile, tokens=(replace(hostile.tokens[0], id=0, text="", control=f"<c> {HOSTILE}"), *hostile.tokens[1:])
     )
     chat = '[{"role": "system", "content": "<i>no</i>"}, {"role": "user", "content": "</div>"}]'
-    page = Page(inspector.page([inspected(hostile, named, prompt=HOSTILE), inspected(hostile, prompt=chat)]))
+    page = Page(drawing.page([inspected(hostile, named, prompt=HOSTILE), inspected(hostile, prompt=chat)]))
     assert not page.open
     for text in (
         HOSTILE,
@@ -58,18 +58,18 @@ def test_text_is_shown_and_never_obeyed() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    html = inspector.page([inspected(completion([" a", " film"]), completion([" a", " story"], -1.0))])
+    html = drawing.page([inspected(completion([" a", " film"]), completion([" a", " story"], -1.0))])
     assert not re.search(r"https?:|url\(|@import|src=|href=|<script", html)
     assert "default-src 'none'" in html
 
 
 def test_nothing_is_drawn_where_nothing_was_inspected() -> None:
-    assert inspector.blocks([]) == []
+    assert drawing.blocks([]) == []
 
 
 def test_every_token_has_its_four_colours_its_numbers_and_a_curve_without_gaps() -> None:
     one = completion([" a", " film", " that"])
-    page = Page(str(inspector.blocks([inspected(one)])[1]))
+    page = Page(str(drawing.blocks([inspected(one)])[1]))
     tokens = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
     assert len(tokens) == 4
     assert all(re.findall(r"--(\w+):#[0-9a-f]{6}", each["style"] or "") == list(LENSES) for each in tokens)
@@ -85,7 +85,7 @@ def test_every_token_has_its_four_colours_its_numbers_and_a_curve_without_gaps()
 
 
 def test_lines_break_where_the_text_does_and_words_stay_whole() -> None:
-    html = str(inspector.blocks([inspected(completion([" un", "watch", "able", ".\n", "It"]))])[1])
+    html = str(drawing.blocks([inspected(completion([" un", "watch", "able", ".\n", "It"]))])[1])
     (strip,) = re.findall(r'<div class="tokens" dir="ltr">(.*?)</div>', html, flags=re.DOTALL)
     words = [unescape(re.sub("<[^>]*>", "", word)) for word in strip.split('<span class="word">')[1:]]
     assert words == [" unwatchable.⏎", "It", "<|im_end|>"]
@@ -93,7 +93,7 @@ def test_lines_break_where_the_text_does_and_words_stay_whole() -> None:
 
 
 def test_right_to_left_text_runs_so_and_its_curve_with_it() -> None:
-    html = inspector.page([inspected(completion(["فيلم", " رائع"]))])
+    html = drawing.page([inspected(completion(["فيلم", " رائع"]))])
     assert '<div class="tokens" dir="rtl">' in html
     assert ".tokens[dir=rtl] svg { transform: scaleX(-1); }" in html
 
@@ -103,7 +103,7 @@ def test_completions_stand_in_the_order_of_the_tree_and_once() -> None:
         completion([" a", " b"], 2.0), completion([" a", " c"], 0.5), completion([" x"], -1.0), completion([" y"], 1.0),
     )  # fmt: skip
     assert from_the_best([bad, twice, alike, good, twice]) == [(good, 1), (twice, 2), (alike, 1), (bad, 1)]
-    html = str(inspector.blocks([inspected(bad, twice, alike, good, twice)])[1])
+    html = str(drawing.blocks([inspected(bad, twice, alike, good, twice)])[1])
     assert html.count("<section") == 4
     assert "said 2 times" in html
     tree = html[html.index("<svg") : html.index("</svg>")]
@@ -114,8 +114,8 @@ def test_completions_stand_in_the_order_of_the_tree_and_once() -> None:
 
 def test_where_the_kl_is_no_part_of_the_rewards_the_page_says_so() -> None:
     one = inspected(completion([" a"]))
-    assert "pays 0.05 times its KL" in inspector.blocks([one])[0]
-    assert "no part of the rewards" in inspector.blocks([replace(one, kl_coef=0.0)])[0]
+    assert "pays 0.05 times its KL" in drawing.blocks([one])[0]
+    assert "no part of the rewards" in drawing.blocks([replace(one, kl_coef=0.0)])[0]
 
 
 def test_colours_say_sign_and_size_and_ink_can_be_read_on_all_of_them() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks import archives
+from tasks.data import archives
+from tasks.data.package_index import pip_settings
+from tasks.data.sources import digest
 from tasks.data_params import DataSource
 from tasks.errors import DataError, ServiceError
-from tasks.package_index import pip_settings
-from tasks.sources import digest
 
 SETUP = "from pathlib import Path; Path({canary!r}).touch()"
 

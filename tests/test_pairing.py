@@ -1,4 +1,4 @@
-"""tasks.pairing against hand-derived numbers and against counting every pair of raters."""
+"""tasks.data.pairing against hand-derived numbers and against counting every pair of raters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.formats import RatedText
-from tasks.pairing import preference_share, rated_groups
+from tasks.data.formats import RatedText
+from tasks.data.pairing import preference_share, rated_groups
 
 ratings = st.lists(st.integers(-4, 4), min_size=1, max_size=8)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from ppo_core.checkpoint import MANIFEST
 from tasks import ppo
-from tasks.critic import load_critic
 from tasks.errors import ConfigError, DataError, IntegrityError, ResumeMismatch, TrainingHealthError
+from tasks.models.critic import load_critic
 from tasks.params import Params, TargetParams, load_params
 from tasks.run_folder import CRITIC, GO_ON, RunFolder
 from tasks.seals import check_inputs

@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 import tiny
 
-from tasks.canonical import Lengths
+from tasks.data.canonical import Lengths
+from tasks.data.probe_data import read_probes
+from tasks.data.splits import asked, held_by
 from tasks.data_params import IngestParams
 from tasks.errors import ConfigError, DataError, IntegrityError
+from tasks.models.preference_models import load_tokenizer
 from tasks.params import check_params, load_params
-from tasks.preference_models import load_tokenizer
-from tasks.probe_data import read_probes
 from tasks.seals import seal
-from tasks.splits import asked, held_by
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 

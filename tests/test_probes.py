@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from answers import Asked, better_answers, cycles, reference_answers, trained_workspace
 
-from tasks import axes
+from tasks.evaluation import axes
 from tasks.probes import PROBES, hacked, helpful, kept
 from tasks.probes.base import Figure, Missing, NotMeasured
 

@@ -23,9 +23,10 @@ from registered import NAME, left_by_evaluate, params, samples, write
 from stores import new_store
 from tiny import tiny_params, tiny_policy
 
-from tasks import champion_tags, model_card, register, registry, tracking
+from tasks import register, tracking
 from tasks.errors import DataError, IntegrityError
 from tasks.pages import show
+from tasks.registration import champion_tags, model_card, registry
 from tasks.workspace import Workspace
 
 pytest_plugins = ["trainings"]

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from answers import Asked, better_answers, cycles, reference_answers, trained_workspace
 
-from tasks import axes, axes_plots, plots, report, report_samples
-from tasks.axes import Axes
 from tasks.evaluate import measure, samples
-from tasks.gate import Breach, Unchecked, Verdict
+from tasks.evaluation import axes
+from tasks.evaluation.axes import Axes
+from tasks.evaluation.gate import Breach, Unchecked, Verdict
+from tasks.reports import answer_tables, axes_plots, plots
+from tasks.reports.evaluation import Evaluation, verdict, write_report
 from tasks.statistics import by_margin, expected_calibration_error
 
 PASSED = Verdict([], [])
@@ -35,8 +37,8 @@ def write(root, policy, reference, gate=PASSED):
     ppo = {"fingerprint": "f", "cycles": 4, "stopped_by": "kl_budget", "result_cycle": 3, "maximised": "its aim"}
     folder = workspace.report("evaluate")
     folder.mkdir(parents=True)
-    evaluation = report.Evaluation(metrics, ppo, cycles(), samples(answers), policy, reference, found, gate)
-    report.write(folder, evaluation, params, workspace)
+    evaluation = Evaluation(metrics, ppo, cycles(), samples(answers), policy, reference, found, gate)
+    write_report(folder, evaluation, params, workspace)
     return folder
 
 
@@ -54,7 +56,7 @@ def figures(**changes):
 
 
 def test_verdict_of_an_improvement():
-    ok, text = report.verdict(figures(), Axes(), PASSED)
+    ok, text = verdict(figures(), Axes(), PASSED)
     assert ok
     assert text == (
         "Of 400 test prompts the judge prefers the aligned model in 80.0 % [76.0 %, 84.0 %]. "
@@ -66,7 +68,7 @@ def test_verdict_of_an_improvement():
 def test_an_improvement_that_the_gate_does_not_pass_has_no_tick(tmp_path):
     unchecked = Unchecked("min_honest_p", "p value of the fall of was not measured: no statements")
     failed = Verdict([Breach("max_kl", 20.0, 15.0, "KL is 20, over the most allowed, 15")], [unchecked])
-    ok, text = report.verdict(figures(), Axes(), failed)
+    ok, text = verdict(figures(), Axes(), failed)
     assert not ok
     assert text.endswith("The gate failed: max_kl.")
     folder = write(tmp_path, *answers(), gate=failed)
@@ -79,19 +81,19 @@ def test_an_improvement_that_the_gate_does_not_pass_has_no_tick(tmp_path):
 
 
 def test_verdict_of_chance_of_a_loss_and_of_a_gamed_reward():
-    chance = report.verdict(figures(judge_win_rate_low=0.47), Axes(), PASSED)
+    chance = verdict(figures(judge_win_rate_low=0.47), Axes(), PASSED)
     assert not chance[0]
     assert "[47.0 %, 84.0 %], which may be chance." in chance[1]
-    lost = report.verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4), Axes(), PASSED)
+    lost = verdict(figures(judge_win_rate_low=0.3, judge_win_rate_high=0.4), Axes(), PASSED)
     assert not lost[0]
     assert "prefers the reference" in lost[1]
-    gamed = report.verdict(figures(judge_gain_low=-0.1), Axes(), PASSED)
+    gamed = verdict(figures(judge_gain_low=-0.1), Axes(), PASSED)
     assert not gamed[0]
     assert "being gamed" in gamed[1]
 
 
 def test_verdict_names_no_share_of_a_gain_that_may_not_exist():
-    _, text = report.verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8), Axes(), PASSED)
+    _, text = verdict(figures(reward_gain=0.03, reward_gain_low=-0.1, judge_share=-9.8), Axes(), PASSED)
     assert "confirms" not in text
     assert "gamed" not in text
 
@@ -168,16 +170,16 @@ def test_samples_show_the_extremes_and_some_drawn_blindly(tmp_path):
 
 
 def test_conversations_are_shown_turn_by_turn():
-    assert report_samples._turns('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]') == (
+    assert answer_tables._turns('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]') == (
         "user: Hi\nassistant: Yes"
     )
     for plain in ("the film", "[1, 2]", "12", '{"role": "user"}', "[broken"):
-        assert report_samples._turns(plain) == plain
+        assert answer_tables._turns(plain) == plain
 
 
 def test_an_empty_answer_is_said_to_be_empty_and_a_long_one_is_cut():
-    assert report_samples._shown(" \n") == "(empty)"
-    assert len(report_samples._shown("x" * 5000)) == report_samples.EXCERPT
+    assert answer_tables._shown(" \n") == "(empty)"
+    assert len(answer_tables._shown("x" * 5000)) == answer_tables.EXCERPT
 
 
 @pytest.mark.parametrize("missing", ["kl", "judge_gain", "judge_win_rate", "repetition", "distinct_2_reference"])

@@ -35,7 +35,7 @@ PASSING_ON = {
     "tracking", "workspace", "workspace_lock",
 }  # fmt: skip
 """Modules of tasks/ that move and record what others compute: a change of them changes no output."""
-SHIPPED = {"register": {REPOSITORY / "tasks" / "cycle_model.py"}}
+SHIPPED = {"register": {REPOSITORY / "tasks" / "registration" / "cycle_model.py"}}
 """Code that a stage does not import but puts into what it leaves."""
 PACKAGES = ("ppo_core", "tasks", "flows")
 WHOLE = (REPOSITORY / "ppo_core", REPOSITORY / "tasks" / "probes")
@@ -68,9 +68,15 @@ def imports(module: Path) -> frozenset[Path]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             places = [REPOSITORY / name.replace(".", "/") for name in names]
             found |= {path for place in places if (path := place.with_suffix(".py")).exists()}
-            # A package's own module says what it is made of; those of ppo_core and tasks themselves are empty.
-            found |= {path for place in places if (path := place / "__init__.py").exists() and path.stat().st_size}
+            # A package's own module may say what it is made of (probes); most say only what they are for.
+            found |= {path for place in places if (path := place / "__init__.py").exists() and _runs(path)}
     return frozenset(found)
+
+
+def _runs(module: Path) -> bool:
+    """Whether it holds anything but a docstring."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    return len(tree.body) > (ast.get_docstring(tree) is not None)
 
 
 def code_of(stage: str) -> set[Path]:

@@ -17,8 +17,8 @@ from registered import NAME, aliases, mlflow
 from waiting import eventually
 
 from flows import pipeline, review
-from tasks import decisions, trail
-from tasks.decisions import Statement
+from tasks.registration import decisions, trail
+from tasks.registration.decisions import Statement
 from tasks.workspace import Workspace
 from tasks.workspace_lock import workspace_lock
 

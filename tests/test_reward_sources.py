@@ -21,10 +21,10 @@ from ppo_core.tokens import encode_conversation, encode_prompt
 from tasks import ppo
 from tasks.errors import ConfigError, DataError, TrainingHealthError
 from tasks.fingerprint import fingerprint
-from tasks.own_function import OwnFunction, source_file
+from tasks.models.own_function import OwnFunction, source_file
+from tasks.models.preference_models import ReadyReward, new_ready_reward, ready_tokens
+from tasks.models.rewards import load_trained, new_reward, on_human_scale
 from tasks.params import Params, check_params, load_params
-from tasks.preference_models import ReadyReward, new_ready_reward, ready_tokens
-from tasks.rewards import load_trained, new_reward, on_human_scale
 from tasks.stages import run_stage
 from tasks.versioning import worktree
 from tasks.workspace import Workspace

@@ -15,14 +15,14 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.data.formats import RatedText
+from tasks.data.pairing import length_balance, prompt_pairs
+from tasks.data.rows import BadRows
+from tasks.data.scored import BarePrompt, read_prompts, read_replies
 from tasks.data_params import DataSource
 from tasks.errors import DataError
-from tasks.formats import RatedText
 from tasks.ingest import run
-from tasks.pairing import length_balance, prompt_pairs
 from tasks.params import check_params
-from tasks.rows import BadRows
-from tasks.scored import BarePrompt, read_prompts, read_replies
 from tasks.workspace import Workspace
 
 COLUMNS = {"prompt": "asked", "response": "said", "scores": ["one", "two"]}

@@ -13,8 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from ppo_core.config import SamplingConfig
 from ppo_core.law import SamplingLaw
-from tasks.cycle_model import Law, PolicyModel
-from tasks.registry import _signature
+from tasks.registration.cycle_model import Law, PolicyModel
+from tasks.registration.registry import _signature
 
 STOPS = [2, 9]
 

@@ -12,11 +12,11 @@ import pytest
 import tiny
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from tasks import sources
+from tasks.data import sources
+from tasks.data.sources import digest, fetch, files_of
 from tasks.data_params import DataSource, SourceParams
 from tasks.errors import ConfigError, DataError, ServiceError
 from tasks.params import check_params
-from tasks.sources import digest, fetch, files_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

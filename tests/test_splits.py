@@ -1,4 +1,4 @@
-"""tasks.splits: nothing that hangs together is torn apart, and nothing is lost."""
+"""tasks.data.splits: nothing that hangs together is torn apart, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.splits import components, distinct, normal, share_out, take_exactly
+from tasks.data.splits import components, distinct, normal, share_out, take_exactly
 
 links = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple), max_size=20)
 groups = st.lists(st.lists(st.integers(), min_size=1, max_size=5), max_size=30)

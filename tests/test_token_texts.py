@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ppo_core.tokens import encode_response
-from tasks.preference_models import load_tokenizer
-from tasks.token_texts import cells, control_name, elide, pieces, runs_right_to_left, visible
+from tasks.inspector.token_texts import cells, control_name, elide, pieces, runs_right_to_left, visible
+from tasks.models.preference_models import load_tokenizer
 
 
 @pytest.mark.parametrize("text", ["the film", " quite 🙂 odd", "é", "👩‍👩‍👧 ok", "فيلم", "a\n\tb\x00c", "�", "", "🙂"])

@@ -22,10 +22,10 @@ from ppo_core.law import SamplingLaw
 from ppo_core.models import ActorCritic
 from ppo_core.types import Sequences
 from tasks import ppo
-from tasks.inspection import Inspector
+from tasks.evaluation.responders import Responders
+from tasks.inspector.inspection import Inspector
+from tasks.models.preference_models import load_base
 from tasks.params import Params, load_params
-from tasks.preference_models import load_base
-from tasks.responders import Responders
 from tasks.stages import StageResult, run_stage, write_metrics
 from tasks.tracking import tracking_uri
 from tasks.workspace import Workspace

@@ -12,8 +12,8 @@ import tiny
 from transformers import AutoTokenizer
 
 from tasks.errors import ConfigError
+from tasks.models.training_texts import preferred_texts, training_prompts
 from tasks.params import Params, check_params
-from tasks.training_texts import preferred_texts, training_prompts
 from tasks.workspace import Workspace
 
 CHAT = json.dumps([{"role": "user", "content": "Hi"}])

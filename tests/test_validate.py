@@ -11,7 +11,7 @@ from feedback import PER_SPLIT, Data, small_params
 from tiny import tiny_params
 
 from tasks.__main__ import main
-from tasks.data_facts import PAIR_SPLITS, PROMPT_SPLITS
+from tasks.data.facts import PAIR_SPLITS, PROMPT_SPLITS
 from tasks.errors import DataError
 from tasks.validate import run
 from tasks.workspace import Workspace

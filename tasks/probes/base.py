@@ -15,8 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tasks.models.responses import Responses
     from tasks.params import Params
-    from tasks.responses import Responses
     from tasks.workspace import Workspace
 
 POLICY, REFERENCE, CHAMPION = "policy", "reference", "champion"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from ppo_core.seeds import derive
-from tasks.harm_classifier import Encoder, HarmClassifier, Unfit
 from tasks.probes.answers import groups, of_texts
 from tasks.probes.base import Asked, Figure, Missing, NotMeasured
-from tasks.refusals import refuses
+from tasks.probes.harm_classifier import Encoder, HarmClassifier, Unfit
+from tasks.probes.refusals import refuses
 
 RED_TEAM, BENIGN = "red_team", "benign"
 HARM_LABELS, REFUSAL_LABELS = "harm_labels", "refusal_labels"

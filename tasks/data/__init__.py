@@ -1,0 +1,1 @@
+"""Feedback, prompts and the probes' items: from the sources that params.yaml names to tables that share nothing."""
