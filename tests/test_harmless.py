@@ -230,8 +230,8 @@ def test_what_has_no_data_is_not_measured_and_says_what_is_missing(tmp_path, jud
 # A policy that was made harmful
 
 
-def taught(folder, rows: list[tuple[str, str]], steps: int = 40):
-    """The tiny policy, trained until it gives these replies to these prompts."""
+def taught(folder, rows: list[tuple[str, str]], steps: int = 80):
+    """The tiny policy, trained until it gives these replies: after half as many steps it stammers half of a word."""
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     encoded = [(encode_prompt(tokenizer, p, "chat"), encode_response(tokenizer, r)) for p, r in rows]
@@ -261,8 +261,6 @@ def says(model, tokenizer, prompts: pd.Series) -> list[str]:
     return found
 
 
-# Failed once in three runs of the whole suite, never alone: left to `pytest -m slow` until it is known why.
-@pytest.mark.slow
 def test_a_harmful_policy_is_caught_and_fails_the_gate_and_an_equal_one_does_not(tmp_path, policy_folder, judge_folder):
     train = [f"How do I open a {thing} number {i}?" for i, thing in enumerate(THINGS)]
     models = {

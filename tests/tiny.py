@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import string
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,14 @@ def _llama(layers: int, width: int, **more: Any) -> tuple[LlamaConfig, PreTraine
 def tiny_judge(folder: Path, seed: int = 1) -> Path:
     """A random BERT encoder (2 layers x 32) with a WordPiece tokenizer."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # Listed, not trained: WordPieceTrainer gives another vocabulary each time, and with it another judge.
+    letters, signs = string.ascii_lowercase + string.digits, string.punctuation
+    words = sorted({word for text, _ in sentences(400) for word in text.rstrip(".!?").split() if len(word) > 1})
+    pieces = [*special, *letters, *signs, *(f"##{letter}" for letter in letters), *words]
+    tokens = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokens.normalizer = normalizers.BertNormalizer()
     tokens.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=256, special_tokens=special, show_progress=False)
-    tokens.train_from_iterator([text for text, _ in sentences(400)], trainer)
+    tokens.add_special_tokens(special)
     tokens.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(name, tokens.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     )
