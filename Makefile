@@ -46,16 +46,18 @@ check: $(VENV)/ready-dev
 
 lock: $(VENV)/ready-dev
 	$(foreach file,requirements requirements-dev,$(BIN)/uv pip compile $(file).in --output-file $(file).lock --quiet \
-		--universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" &&) true
+		--universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" \
+		--excludes requirements-torch.txt &&) true
 
-# Built anew when the lock changes. What pip installs from the lock it checks against the hashes there.
+# Built anew when the lock changes. What pip installs from the lock it checks against the hashes there. The lock has all that its
+# packages need, but for torch; without --no-deps pip would look for torch with a hash.
 $(VENV)/ready: requirements.lock requirements-torch.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing the locked packages into $(VENV). This takes some minutes, and is not needed again."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "1/2 packages"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	@echo "2/2 torch and what builds on it"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	@echo "2/2 torch"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-torch.txt
 	@touch $@
 
