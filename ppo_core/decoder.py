@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ppo_core.device import device
 from ppo_core.errors import ConfigError, IntegrityError
 
 
@@ -48,7 +49,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
     if missing := sorted(report["missing_keys"]):
         # transformers would go on with random weights in their place.
         raise IntegrityError(f"lacks the weights {', '.join(missing)}", str(folder), mend)
-    return prepared(model).requires_grad_(False).eval()
+    return frozen(model)
+
+
+def frozen(model: Any) -> Any:
+    """A model that was just loaded, on the device that computes (`device`), prepared and without gradients."""
+    return prepared(model.to(device())).requires_grad_(False).eval()
 
 
 def prepared(model: Any) -> Any:

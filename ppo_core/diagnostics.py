@@ -65,12 +65,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 def repetition(tokens: Tensor, mask: Tensor, n: int = 3) -> Tensor:
     """Share [B] of each response's n-grams that occurred in it before; 0 where there is none."""
     if tokens.shape[1] < n:
-        return torch.zeros(len(tokens))
+        return torch.zeros(len(tokens), device=tokens.device)
     tokens = counted(tokens, mask)
     # An n-gram as one number: distinct numbers are distinct n-grams as long as vocabulary^n fits 63 bits.
     base = int(tokens.max()) + 1
     windows = tokens.unfold(1, n, 1)
-    grams = (windows * base ** torch.arange(n - 1, -1, -1)).sum(dim=-1)
+    grams = (windows * base ** torch.arange(n - 1, -1, -1, device=tokens.device)).sum(dim=-1)
     counts = mask[:, n - 1 :]
     ordered = torch.where(counts, grams, -1).sort(dim=1).values
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum(dim=1)

@@ -85,13 +85,18 @@ class ActorCritic(nn.Module):
                 policy = copy.deepcopy(model)
                 self.policy, self.policy_head = Stack(policy.get_decoder()), LMHead(policy)
         # Not the hidden size of the configuration: OPT-350m projects what its layers return.
-        self.value_head = ValueHead(self.reference_head.linear.in_features)
+        self.value_head = ValueHead(self.reference_head.linear.in_features).to(model.device)
         self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
         self._probe()
         self.sampler = Sampler(self.trunk, self.policy)
         if config.gradient_checkpointing:
             for stack in self._trained_stacks():
                 stack.checkpoint_activations()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are, and with them all that they are given."""
+        return self.reference_head.linear.weight.device
 
     def _adapted(self, stack: Stack, seed: int) -> Stack:
         """The stack's own weights, not copied, seen through an adapter that the stack itself knows nothing of."""
@@ -128,7 +133,7 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def _probe(self) -> None:
         """Refuse a model whose forward is more than decoder and output layer as we know them."""
-        tokens = torch.arange(3, 19).unsqueeze(0) % self.reference_head.linear.weight.shape[0]
+        tokens = torch.arange(3, 19, device=self.device).unsqueeze(0) % self.reference_head.linear.weight.shape[0]
         expected = self.reference_model(tokens).logits.float()
         attention = torch.ones_like(tokens, dtype=torch.bool)
         hidden = tokens if self.trunk is None else self.trunk(tokens, attention)

@@ -9,6 +9,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from ppo_core.device import device
+
 log = logging.getLogger(__name__)
 
 
@@ -18,6 +20,12 @@ def arithmetic(name: str) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+    if device().type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            log.info("arithmetic in bfloat16, with float32 masters: this GPU has instructions for it")
+            return torch.bfloat16
+        log.info("arithmetic in float32: this GPU has no bfloat16 instructions, and would have to emulate them")
+        return torch.float32
     features = torch.cpu.get_capabilities()
     native = next((f for f in ("amx_bf16", "avx512_bf16", "bf16") if features.get(f)), None)
     if native:

@@ -82,7 +82,8 @@ def _batch_loss(scorer: TextScorer, pairs: Pairs, batch: Sequence[int]) -> torch
     scores = raw_scores(scorer, [pairs.texts[i] for i in used])
     chosen = scores[[position[pairs.chosen[i]] for i in batch]]
     rejected = scores[[position[pairs.rejected[i]] for i in batch]]
-    return preference_loss(chosen, rejected, target=torch.tensor([pairs.target[i] for i in batch]))
+    target = torch.tensor([pairs.target[i] for i in batch], device=scores.device)
+    return preference_loss(chosen, rejected, target=target)
 
 
 def _batches(pairs: Pairs, size: int, seed: int) -> Iterator[list[int]]:

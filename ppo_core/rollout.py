@@ -51,7 +51,7 @@ class CombinedReward:
 
     def parts(self, samples: Samples, activations: Tensor) -> dict[str, Tensor]:
         """Scores [B] by name, before they are weighted."""
-        return {name: reward(samples, activations).float() for name, reward in self.rewards.items()}
+        return {name: _scores(reward, samples, activations) for name, reward in self.rewards.items()}
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """One score [B] from the scores by name."""
@@ -83,7 +83,7 @@ class FunctionReward:
 
     def __call__(self, samples: Samples, activations: Tensor) -> Tensor:
         sequences = samples.sequences
-        rows = zip(sequences.tokens, text_attention(samples), strict=True)
+        rows = zip(sequences.tokens.cpu(), text_attention(samples).cpu(), strict=True)
         p = sequences.prompt_length
         texts = [(tokens[:p][there[:p]].tolist(), tokens[p:][there[p:]].tolist()) for tokens, there in rows]
         prompts = [self.read_prompt(prompt) for prompt, _ in texts]
@@ -96,8 +96,14 @@ class FunctionReward:
 def text_attention(samples: Samples) -> Tensor:
     """Where text stands [B, T]: the attention without a final EOS or stop token."""
     sequences = samples.sequences
-    text = torch.arange(sequences.responses.shape[1]) < samples.text_lengths.unsqueeze(1)
+    places = torch.arange(sequences.responses.shape[1], device=sequences.tokens.device)
+    text = places < samples.text_lengths.unsqueeze(1)
     return torch.cat([sequences.attention[:, : sequences.prompt_length], text], dim=1)
+
+
+def _scores(reward: RewardFunction, samples: Samples, activations: Tensor) -> Tensor:
+    """Scores [B] beside what they are scores of: functions of texts know no device."""
+    return reward(samples, activations).to(samples.sequences.tokens.device, torch.float32)
 
 
 def score_all(
@@ -123,7 +129,7 @@ def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: Sam
     activations = model.activations(sequences) if samples.activations is None else samples.activations
     policy = model.evaluate(activations, sequences, law)
     parts = reward.parts(samples, activations) if isinstance(reward, CombinedReward) else {}
-    scores = reward.combine(parts) if isinstance(reward, CombinedReward) else reward(samples, activations)
+    scores = reward.combine(parts) if isinstance(reward, CombinedReward) else _scores(reward, samples, activations)
     return Rollout(
         sequences=sequences,
         activations=activations,
@@ -131,7 +137,7 @@ def score(model: ActorCritic, reward: RewardFunction, samples: Samples, law: Sam
         ref_logprobs=model.reference_logprobs(activations, sequences, law),
         values=policy.values,
         entropy=policy.entropy,
-        scores=scores.float(),
+        scores=scores,
         ended=samples.ended,
         parts=parts,
     )

@@ -43,6 +43,10 @@ class Sampler:
         way = f"through transformers' own layers: {self.obstacle}"
         log.info("sampling %s", way if self.obstacle else "with packed layers: the model is built like Llama")
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.top.parameters()).device
+
     def start(self) -> Decoding | LlamaDecoding:
         """A decoding of a new batch."""
         return Decoding(self.decoders) if self.obstacle else LlamaDecoding(self.decoders)
@@ -89,11 +93,13 @@ def sample(
     inverse of the distribution function: its sample does not depend on its neighbours, and two models given the same
     seeds draw with common random numbers.
     """
-    tokens, attention = pad_prompts(prompts, pad)
+    device = sampler.device
+    tokens, attention = pad_prompts(prompts, pad, device)
     draws = [torch.rand(law.config.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = torch.stack(draws)
-    record = _Record(len(prompts), law, pad)
-    decoding, rows = sampler.start(), torch.arange(len(prompts))
+    # Drawn on the CPU whatever the device, so that the same seeds give the same numbers everywhere.
+    uniforms = torch.stack(draws).to(device)
+    record = _Record(len(prompts), law, pad, device)
+    decoding, rows, left = sampler.start(), torch.arange(len(prompts), device=device), len(prompts)
     ids, positions = tokens, (attention.cumsum(dim=1) - 1).clamp(min=0)
     for t in range(law.config.max_new_tokens):
         *trunk, hidden = decoding.step(ids, torch.cat([attention, record.mask[:, :t]], dim=1)[rows], positions)
@@ -104,11 +110,12 @@ def sample(
         record.take(t, rows, drawn, logprobs, logits)
         positions = positions[:, -1:] + 1
         # The last token of a row that has just ended passes through the trunk once more; then the row may leave.
-        if alive.any() and (~alive).sum() * LEAVING >= len(rows):
+        if (len(rows) - left) * LEAVING >= len(rows):
             decoding.keep(alive.nonzero().squeeze(1))
             rows, positions = rows[alive], positions[alive]
         ids = record.responses[rows, t : t + 1]
-        if not record.running.any():
+        # The one number that a token waits for: a GPU must have finished before the CPU can know it.
+        if not (left := int(record.running.sum())):
             break
     if sampler.trunk is not None:
         seen = torch.cat([attention, record.mask[:, : t + 1]], dim=1)[rows]
@@ -119,14 +126,14 @@ def sample(
 class _Record:
     """What is written down of a batch while it is sampled."""
 
-    def __init__(self, size: int, law: SamplingLaw, pad: int) -> None:
+    def __init__(self, size: int, law: SamplingLaw, pad: int, device: torch.device) -> None:
         steps = law.config.max_new_tokens
-        self.law, self.stop_tokens = law, torch.tensor(law.stop_tokens, dtype=torch.long)
-        self.responses = torch.full((size, steps), pad, dtype=torch.long)
-        self.mask = torch.zeros(size, steps, dtype=torch.bool)
-        self.logprobs = torch.zeros(size, steps)
-        self.running = torch.ones(size, dtype=torch.bool)
-        self.stopped = torch.zeros(size, dtype=torch.bool)
+        self.law, self.stop_tokens = law, torch.tensor(law.stop_tokens, dtype=torch.long, device=device)
+        self.responses = torch.full((size, steps), pad, dtype=torch.long, device=device)
+        self.mask = torch.zeros(size, steps, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(size, steps, device=device)
+        self.running = torch.ones(size, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(size, dtype=torch.bool, device=device)
         """By EOS or a stop token."""
         self.kept: list[Tensor] = []
         self.activations: list[Tensor] = []
@@ -134,18 +141,20 @@ class _Record:
     def take(self, t: int, rows: Tensor, drawn: Tensor, logprobs: Tensor, logits: Tensor) -> None:
         """The tokens [b] drawn at position `t` for `rows` [b], from restricted logits [b, V]."""
         alive = self.running[rows]
-        live = rows[alive]
         self.mask[:, t] = self.running
-        self.responses[live, t] = drawn[alive]
-        self.logprobs[live, t] = logprobs[alive]
+        # Selected and not indexed by `alive`: how many there are the CPU would have to wait for.
+        self.responses[rows, t] = torch.where(alive, drawn, self.responses[rows, t])
+        self.logprobs[rows, t] = torch.where(alive, logprobs, 0.0)
         if self.law.truncates:
             sets = kept_set(logits)
-            self.kept.append(torch.full((len(self.running), sets.shape[1]), -1).index_put((live,), sets[alive]))
-        self.stopped[live] = torch.isin(drawn[alive], self.stop_tokens)
+            none = sets.new_full((len(self.running), sets.shape[1]), -1)
+            self.kept.append(none.index_put((rows,), torch.where(alive.unsqueeze(1), sets, -1)))
+        self.stopped[rows] |= alive & torch.isin(drawn, self.stop_tokens)
         self.running = self.running & ~self.stopped
         if self.law.config.stop_strings:
-            for row in self.running.nonzero().squeeze(1).tolist():
-                self.running[row] = not self.law.ends(self.responses[row, : t + 1].tolist())
+            texts = zip(self.running.tolist(), self.responses[:, : t + 1].tolist(), strict=True)
+            going_on = [running and not self.law.ends(text) for running, text in texts]
+            self.running = torch.tensor(going_on, device=self.running.device)
 
     def take_activations(self, trunk: Sequence[Tensor], rows: Tensor) -> None:
         """The trunk's output [b, t, D] for the newest tokens of `rows`; nothing where there is no trunk."""

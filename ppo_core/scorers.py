@@ -67,15 +67,15 @@ class TextScorer(Scorer, Protocol):
     def trained(self) -> list[nn.Parameter]: ...
 
 
-def pad_right(texts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and where tokens stand [B, T] bool."""
+def pad_right(texts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and where tokens stand [B, T] bool, both on `device`."""
     width = max(map(len, texts))
     tokens = torch.full((len(texts), width), pad, dtype=torch.long)
     attention = torch.zeros(len(texts), width, dtype=torch.bool)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = torch.tensor(text, dtype=torch.long)
         attention[row, : len(text)] = True
-    return tokens, attention
+    return tokens.to(device), attention.to(device)
 
 
 class RewardModel(nn.Module):
@@ -85,7 +85,8 @@ class RewardModel(nn.Module):
         super().__init__()
         # Held in a tuple: the trunk belongs to the policy's model and is no part of this one's state.
         self._trunk = (trunk,)
-        self.top, self.head, self.pad = top, ScoreHead(width), pad
+        self.top, self.pad = top, pad
+        self.head = ScoreHead(width).to(next(top.parameters()).device)
 
     @property
     def trunk(self) -> Stack:
@@ -95,7 +96,7 @@ class RewardModel(nn.Module):
         return list(self.parameters())
 
     def raw(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        tokens, attention = pad_right(texts, self.pad)
+        tokens, attention = pad_right(texts, self.pad, self.head.mean.device)
         with torch.no_grad():
             activations = self.trunk(tokens, attention)
         return self.read(activations, attention)
@@ -105,7 +106,7 @@ class RewardModel(nn.Module):
         hidden = self.top(activations, attention)
         positions = torch.arange(attention.shape[1], device=attention.device)
         last = (positions * attention).argmax(dim=1)
-        return self.head(hidden[torch.arange(len(hidden)), last])
+        return self.head(hidden[torch.arange(len(hidden), device=last.device), last])
 
 
 class EncoderScorer(nn.Module):
@@ -116,7 +117,8 @@ class EncoderScorer(nn.Module):
 
     def __init__(self, encoder: Any, pad: int) -> None:
         super().__init__()
-        self.encoder, self.head, self.pad = encoder, ScoreHead(encoder.config.hidden_size), pad
+        self.encoder, self.pad = encoder, pad
+        self.head = ScoreHead(encoder.config.hidden_size).to(encoder.device)
 
     def trained(self) -> list[nn.Parameter]:
         return [*self.encoder.encoder.parameters(), *self.head.parameters()]
@@ -126,7 +128,7 @@ class EncoderScorer(nn.Module):
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """What the head reads of each text, [B, D]."""
-        tokens, attention = pad_right(texts, self.pad)
+        tokens, attention = pad_right(texts, self.pad, self.encoder.device)
         hidden = self.encoder(input_ids=tokens, attention_mask=attention.long()).last_hidden_state
         weights = attention.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
@@ -139,7 +141,7 @@ class ReadyScorer(nn.Module):
         super().__init__()
         # Held in a tuple: its weights lie elsewhere, and are no part of this one's state.
         self._classifier = (classifier,)
-        self.head = Scale()
+        self.head = Scale().to(classifier.device)
 
     @property
     def classifier(self) -> Any:
@@ -147,9 +149,9 @@ class ReadyScorer(nn.Module):
 
     @torch.no_grad()
     def raw(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        pad = self.classifier.config.get_text_config().pad_token_id
+        pad, device = self.classifier.config.get_text_config().pad_token_id, self.classifier.device
         # Where there is no padding token, transformers reads the last place of a row, whatever stands there.
-        batches = [pad_right([text], 0) for text in texts] if pad is None else [pad_right(texts, pad)]
+        batches = [pad_right([text], 0, device) for text in texts] if pad is None else [pad_right(texts, pad, device)]
         logits = [self.classifier(input_ids=ids, attention_mask=there.long()).logits for ids, there in batches]
         return torch.cat(logits).squeeze(-1).float()
 
@@ -164,7 +166,7 @@ def in_buckets(read: Callable[[list[Sequence[int]]], Tensor], texts: Sequence[Se
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     buckets = [order[start : start + bucket] for start in range(0, len(order), bucket)]
     found = torch.cat([read([texts[i] for i in rows]) for rows in buckets])
-    return found[torch.tensor(order).argsort()]
+    return found[torch.tensor(order, device=found.device).argsort()]
 
 
 @torch.no_grad()

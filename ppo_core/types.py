@@ -198,12 +198,12 @@ def _widen(tensor: Tensor, name: str, part: Sequences, whole: Sequences) -> Tens
     return fill(tensor, (0, right)) if tensor.dim() == 2 else tensor
 
 
-def pad_prompts(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, P] padded on the left, and where tokens stand [B, P]."""
+def pad_prompts(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, P] padded on the left, and where tokens stand [B, P], both on `device`."""
     width = max(map(len, prompts))
     tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
     attention = torch.zeros(len(prompts), width, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         attention[row, width - len(prompt) :] = True
-    return tokens, attention
+    return tokens.to(device), attention.to(device)

@@ -94,7 +94,7 @@ class Optimiser:
             order = torch.randperm(
                 size * update.minibatches, generator=generator(seed, "minibatches", iteration, epoch)
             )
-            for k, index in enumerate(order.split(size)):
+            for k, index in enumerate(order.to(self.model.device).split(size)):
                 cycle = iteration // self.config.iterations + 1
                 where = f"cycle {cycle}, iteration {iteration + 1}, epoch {epoch + 1}, minibatch {k + 1}"
                 stats = self._gather(experience, index, kl_coef, where, iteration < update.critic_warmup)
@@ -178,9 +178,9 @@ class Optimiser:
         """
         chosen = torch.randint(len(self.ptx), (self.config.loss.ptx_batch,), generator=draw).tolist()
         # The first token is what the others are predicted from.
-        texts = Sequences(*pad_right([self.ptx[i] for i in chosen], self.pad), prompt_length=1)
+        texts = Sequences(*pad_right([self.ptx[i] for i in chosen], self.pad, self.model.device), prompt_length=1)
         tokens, loss = texts.mask.sum(), 0.0
-        for rows in torch.arange(len(texts)).split(self.config.update.micro_batch):
+        for rows in torch.arange(len(texts), device=self.model.device).split(self.config.update.micro_batch):
             part = texts.rows(rows)
             written, which = part.counted, f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
             with self.model.training_pass():

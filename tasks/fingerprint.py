@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ppo_core.device import device, named
 from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
 from tasks.models.own_function import source_file
@@ -57,7 +58,7 @@ def environment() -> dict[str, Any]:
     return {
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
         "machine": platform.machine(),
-        "device": "cpu",
+        "device": named(device()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "automatic dtype": str(arithmetic("auto")),
         "threads": torch.get_num_threads(),

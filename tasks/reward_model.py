@@ -170,7 +170,7 @@ def _measure(role: str, scorer: Scorer, pairs: pd.DataFrame, encode: Encode, par
     held_out = models.tokenise_pairs(rows, encode)
     raw = score_texts(scorer, held_out.texts)
     scorer.head.calibrate(raw)
-    return _figures(raw.double().numpy(), held_out, rows, params.reward_model.accuracy_gap)
+    return _figures(raw.double().cpu().numpy(), held_out, rows, params.reward_model.accuracy_gap)
 
 
 def _figures(raw: np.ndarray, pairs: Pairs, rows: pd.DataFrame, gap: float) -> dict[str, Any]:

@@ -98,12 +98,12 @@ class Responders:
         tokens = [self._encode(text) for text in texts]
         found: dict[str, list[np.ndarray]] = {s: [np.empty(0)] * len(texts) for s in self._weights}
         for batch in tqdm(_batches(tokens), desc="reading texts", unit="batch", disable=None):
-            sequences = _sequences([tokens[i] for i in batch], self.tokenizer.pad_token_id)
+            sequences = _sequences([tokens[i] for i in batch], self.tokenizer.pad_token_id, self.model.device)
             activations = self.model.activations(sequences)
             for subject in self._weights:
                 self.model.load_policy(self._weights[subject])
-                rows = self.model.language_model_logprobs(sequences, activations).numpy()
-                for i, row, counts in zip(batch, rows, sequences.mask.numpy(), strict=True):
+                rows = self.model.language_model_logprobs(sequences, activations).cpu().numpy()
+                for i, row, counts in zip(batch, rows, sequences.mask.cpu().numpy(), strict=True):
                     found[subject][i] = row[counts].astype(np.float64)
         return found
 
@@ -159,8 +159,8 @@ def _batches(tokens: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
     return batches
 
 
-def _sequences(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Sequences:
-    prompts, before = pad_prompts([prompt for prompt, _ in rows], pad)
+def _sequences(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device) -> Sequences:
+    prompts, before = pad_prompts([prompt for prompt, _ in rows], pad, device)
     # Padded on the right: the same, read backwards.
-    texts, there = (part.flip(1) for part in pad_prompts([text[::-1] for _, text in rows], pad))
+    texts, there = (part.flip(1) for part in pad_prompts([text[::-1] for _, text in rows], pad, device))
     return Sequences(torch.cat([prompts, texts], dim=1), torch.cat([before, there], dim=1), prompts.shape[1])

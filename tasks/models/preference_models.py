@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_core.decoder import clone, load_causal_lm, prepared, split
+from ppo_core.decoder import clone, frozen, load_causal_lm, split
 from ppo_core.digests import sha256
 from ppo_core.precision import arithmetic
 from ppo_core.preferences import Pairs
@@ -78,14 +78,14 @@ def new_ready_reward(workspace: Workspace, dtype: str) -> tuple[ReadyScorer, Any
         local_files_only=True,
         trust_remote_code=False,
     )
-    return ReadyScorer(prepared(classifier).requires_grad_(False).eval()), tokenizer
+    return ReadyScorer(frozen(classifier)), tokenizer
 
 
 def new_judge(folder: Path) -> EncoderScorer:
     encoder = AutoModel.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
-    encoder = prepared(encoder).requires_grad_(False)
+    encoder = frozen(encoder)
     return EncoderScorer(encoder, encoder.config.pad_token_id or 0)
 
 
@@ -94,7 +94,7 @@ def save_scorer(scorer: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
     beside = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in scorer.state_dict().items()}, beside / WEIGHTS)
+    save_file({name: t.contiguous().cpu() for name, t in scorer.state_dict().items()}, beside / WEIGHTS)
     facts = facts | {"sha256": sha256(beside / WEIGHTS)}
     (beside / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +124,7 @@ class Judge:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """[N] scores."""
-        return score_texts(self.scorer, [judge_tokens(self.tokenizer, t, self.max_tokens) for t in texts]).numpy()
+        return score_texts(self.scorer, [judge_tokens(self.tokenizer, t, self.max_tokens) for t in texts]).cpu().numpy()
 
 
 class ReadyReward:

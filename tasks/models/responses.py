@@ -111,4 +111,4 @@ def _figures(rollout: Rollout) -> dict[str, np.ndarray]:
         "ended": rollout.ended,
         **{PART + name: scores for name, scores in rollout.parts.items()},
     }
-    return {name: tensor.numpy() for name, tensor in figures.items()}
+    return {name: tensor.cpu().numpy() for name, tensor in figures.items()}
