@@ -1,8 +1,8 @@
 """A causal LM of transformers, cut across its layers: a frozen trunk below, tops that differ above.
 
-Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. All but sampling
-(`llama`) runs through the model's own transformers code. A trunk of depth 0 is the identity on token ids: the tops are
-then whole models.
+Policy, reference, critic and reward model may share one trunk, which then runs once for all of them. Decoders built
+like Llama's run packed (`packed`; sampling: `llama`), others through their own transformers code. A trunk of depth 0 is
+the identity on token ids: the tops are then whole models.
 
 Shapes: B batch, T position in prompt + response, D width, V vocabulary.
 """
@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ppo_core import packed
 from ppo_core.device import device
 from ppo_core.errors import ConfigError, IntegrityError
+from ppo_core.packed import obstacle_to_packing
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
@@ -103,7 +105,10 @@ def takes_positions(decoder: nn.Module) -> bool:
 
 
 class Stack(nn.Module):
-    """Consecutive layers of a decoder, run by the decoder's own forward."""
+    """Consecutive layers of a decoder, run packed where they can be, else by the decoder's own forward."""
+
+    may_pack = True
+    """False for what is compared with a stack that cannot run packed, so that their rounding does not differ."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -112,8 +117,15 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, attention: Tensor) -> Tensor:
         """Hidden states [B, T, D] from token ids [B, T] or hidden states [B, T, D].
 
-        `attention` [B, T] is True where a token stands; padding may lie on either side.
+        `attention` [B, T] is True where a token stands; padding may lie on either side, and what comes out there means
+        nothing.
         """
+        if self.may_pack and obstacle_to_packing([self.decoder]) is None:
+            return packed.run(self.decoder, x, attention)
+        return self.plain(x, attention)
+
+    def plain(self, x: Tensor, attention: Tensor) -> Tensor:
+        """The same by the decoder's own forward."""
         inputs = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
         if takes_positions(self.decoder):
             inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
@@ -181,8 +193,8 @@ def _check_cut(decoder: Any, trunk: Stack, top: Stack) -> None:
     """Refuse a decoder that does more to hidden states than its layers do: in the top it would do so twice."""
     tokens = torch.arange(3, 19, device=decoder.device).unsqueeze(0) % decoder.config.get_text_config().vocab_size
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    whole = Stack(decoder)(tokens, everywhere).float()
-    cut = top(trunk(tokens, everywhere), everywhere).float()
+    whole = Stack(decoder).plain(tokens, everywhere).float()
+    cut = top.plain(trunk.plain(tokens, everywhere), everywhere).float()
     if not torch.allclose(cut, whole, atol=0.02 * float(whole.abs().max()), rtol=0):
         raise ConfigError(
             "scales or places what its layers get, which a cut would do twice", type(decoder).__name__, _WITHOUT_A_CUT

@@ -6,7 +6,6 @@ Shapes: B batch, R response, N response tokens that count, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,29 +19,16 @@ CHUNK = 256
 """Tokens whose logits are computed at once: many enough for fast products, few enough that any vocabulary fits."""
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the networks make of the positions that predict and value the response tokens, row after row."""
+def above(features: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Pieces of `features` [N, D] and where they lie, for losses whose backward passes run before the next piece comes.
 
-    policy: Tensor
-    """[N, D]"""
-    critic: Tensor
-    """[N, D]; the very same tensor where the critic is shared."""
-
-    def part(self, rows: slice) -> Features:
-        return Features(self.policy[rows], self.critic[rows])
-
-    def detached(self) -> Features:
-        """Leaves of a graph of their own, which collect the gradient of what is made from them."""
-        policy = self.policy.detach().requires_grad_()
-        shared = self.critic is self.policy
-        return Features(policy, policy if shared else self.critic.detach().requires_grad_())
-
-    def backward(self, leaves: Features) -> None:
-        """Go on where the backward passes of `leaves` ended."""
-        pairs = [(self.policy, leaves.policy)] + ([] if self.critic is self.policy else [(self.critic, leaves.critic)])
-        ends, grads = zip(*((end, leaf.grad) for end, leaf in pairs if leaf.grad is not None), strict=True)
-        torch.autograd.backward(ends, grads)
+    What the output layer makes of a piece is then gone. What lies below goes backward at the end, once.
+    """
+    leaf = features.detach().requires_grad_()
+    for rows in chunks(len(features)):
+        yield leaf[rows], rows
+    if features.requires_grad:
+        features.backward(leaf.grad)
 
 
 def law_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> tuple[Tensor, Tensor]:

@@ -11,31 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
+from torch import Tensor
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
+
+from ppo_core.packed import Rotation, normalised, rotated, rotation_at
 
 BLOCK = 32
 """Tokens by which a cache grows."""
-_MOVING_ROTATIONS = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies follow the length of the text."""
-
-
-def obstacle_to_packing(decoders: Sequence[Any]) -> str | None:
-    """Why these decoders cannot be decoded here, in words; None if they can."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    for decoder in decoders:
-        for layer in getattr(decoder, "layers", [decoder]):
-            if type(layer) is not LlamaDecoderLayer:
-                return f"{type(layer).__name__} is not Llama's layer"
-            if any(type(projection) is not nn.Linear for projection in _projections(layer)):
-                return "an adapter sits on its layers"
-        config = decoder.config
-        if config.hidden_act != "silu":
-            return f"the activation is {config.hidden_act}"
-        if (rotation := (config.rope_parameters or {}).get("rope_type", "default")) in _MOVING_ROTATIONS:
-            return f"the rotary embedding is {rotation}"
-    return None
 
 
 class LlamaDecoding:
@@ -45,7 +27,7 @@ class LlamaDecoding:
     def __init__(self, decoders: Sequence[Any]) -> None:
         """`decoders` are consecutive stacks of one model; their weights are joined as they are now."""
         first = decoders[0]
-        self.embed, self.rotary = first.embed_tokens, first.rotary_emb
+        self.first = first
         self.stacks = [([_Packed(layer) for layer in decoder.layers], decoder.norm) for decoder in decoders]
         self.groups, self.width = first.config.num_key_value_heads, first.layers[0].self_attn.head_dim
         self.length = 0
@@ -55,10 +37,11 @@ class LlamaDecoding:
     @torch.no_grad()
     def step(self, tokens: Tensor, attention: Tensor, positions: Tensor, trunk_only: bool = False) -> list[Tensor]:
         """The output [B, t, D] of each stack for the newest tokens [B, t]; `attention` covers all tokens so far."""
-        hidden, outputs, i = self.embed(tokens), list[Tensor](), 0
+        hidden, outputs, i = self.first.embed_tokens(tokens), list[Tensor](), 0
         first, self.length = self.length, self.length + tokens.shape[1]
         new = slice(first, self.length)
-        rotation, allowed = self._rotation(hidden, positions), self._allowed(attention, new, hidden.dtype)
+        rotation = rotation_at(self.first, positions, hidden.dtype)
+        allowed = self._allowed(attention, new, hidden.dtype)
         for layers, norm in self.stacks[: 1 if trunk_only else None]:
             for layer in layers:
                 self.cache[i] = cache = self._with_room(self.cache[i], hidden)
@@ -90,12 +73,6 @@ class LlamaDecoding:
     def _capacity(self) -> int:
         return -(-self.length // BLOCK) * BLOCK
 
-    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, 1, t, d] of the positions; of the sines, the first half has its sign turned."""
-        cos, sin = self.rotary(hidden, positions)
-        half = self.width // 2
-        return cos.unsqueeze(1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(1)
-
     def _allowed(self, attention: Tensor, new: slice, dtype: torch.dtype) -> Tensor:
         """What each new token attends to, as numbers [B, 1, t, C] to be added to scores."""
         places = torch.arange(self._capacity, device=attention.device)
@@ -112,29 +89,23 @@ class _Packed:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.norms, self.out, self.down = (
-            (layer.input_layernorm, layer.post_attention_layernorm),
-            attention.o_proj,
-            mlp.down_proj,
-        )
-        self.qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
         self.scale, self.width = attention.scaling, attention.head_dim
 
-    def __call__(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, cache: Tensor, new: slice
-    ) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, allowed: Tensor, cache: Tensor, new: slice) -> Tensor:
         """[B, t, D] to [B, t, D]; the places `new` of `cache` [2, B, G, C, d] are filled in."""
         before, after = self.norms
-        mixed = self.qkv(_norm(before, x)).unflatten(-1, (-1, self.width)).transpose(1, 2)  # [B, H + 2 G, t, d]
-        (cos, sin), groups = rotation, cache.shape[2]
-        turning = mixed[:, :-groups]
-        turned = torch.addcmul(turning * cos, turning.roll(self.width // 2, dims=-1), sin)
-        cache[0, :, :, new], cache[1, :, :, new] = turned[:, -groups:], mixed[:, -groups:]
+        mixed = linear(_norm(before, x), self.qkv).unflatten(-1, (-1, self.width))  # [B, t, H + 2 G, d]
+        groups = cache.shape[2]
+        turned = rotated(mixed[:, :, :-groups], rotation).transpose(1, 2)
+        cache[0, :, :, new], cache[1, :, :, new] = turned[:, -groups:], mixed[:, :, -groups:].transpose(1, 2)
         read = self._attend(turned[:, :-groups], allowed, *cache)
-        x = x + self.out(read.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(_norm(after, x)).chunk(2, dim=-1)
-        return x + self.down(silu(gate).mul_(up))
+        x = x + linear(read.transpose(1, 2).flatten(2), self.out)
+        gate, up = linear(_norm(after, x), self.gate_up).chunk(2, dim=-1)
+        return x + linear(silu(gate).mul_(up), self.down)
 
     def _attend(self, query: Tensor, allowed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[B, H, t, d] from queries [B, H, t, d], keys and values [B, G, C, d]."""
@@ -143,30 +114,10 @@ class _Packed:
         # For a single token torch's fused attention takes twice as long as the two products it consists of. Query heads
         # that share keys are rows of one product.
         batch, groups = keys.shape[:2]
-        grouped = query.reshape(batch * groups, -1, self.width)
-        added = allowed.expand(batch, groups, grouped.shape[1], -1).reshape(batch * groups, grouped.shape[1], -1)
-        scores = torch.baddbmm(added, grouped, keys.flatten(0, 1).transpose(1, 2), alpha=self.scale)
-        return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).reshape(query.shape)
+        grouped = (query * self.scale).reshape(batch * groups, -1, self.width)
+        scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, groups)).add_(allowed)
+        return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), values.flatten(0, 1)).reshape(query.shape)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-class _Joined:
-    """Linear layers of one input as one product."""
-
-    def __init__(self, *parts: nn.Linear) -> None:
-        self.weight = torch.cat([part.weight for part in parts])
-        self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def _projections(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    ]
+    return normalised(x, norm.weight, norm.variance_epsilon)[0]

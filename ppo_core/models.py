@@ -18,7 +18,7 @@ from ppo_core.adapters import adapter_weights, add_adapter, without_adapter
 from ppo_core.config import ModelConfig, SamplingConfig
 from ppo_core.decoder import LMHead, Stack, clone, depth_of, join, prepared, same_weights, share, split
 from ppo_core.errors import ConfigError
-from ppo_core.features import Features, in_place, law_of_tokens, logprobs_of_tokens
+from ppo_core.features import in_place, law_of_tokens, logprobs_of_tokens
 from ppo_core.law import SamplingLaw
 from ppo_core.sampling import Sampler
 from ppo_core.scorers import ReadOut, RewardModel, ScoreHead
@@ -87,6 +87,9 @@ class ActorCritic(nn.Module):
         # Not the hidden size of the configuration: OPT-350m projects what its layers return.
         self.value_head = ValueHead(self.reference_head.linear.in_features).to(model.device)
         self.critic = self._new_critic(reward_model, seed) if config.critic == "separate" else None
+        if config.gradient_checkpointing or config.trainable == "lora":  # which only transformers' own code knows
+            for stack in [self.reference, *self._trained_stacks()]:
+                stack.may_pack = False
         self._probe()
         self.sampler = Sampler(self.trunk, self.policy)
         if config.gradient_checkpointing:
@@ -136,8 +139,8 @@ class ActorCritic(nn.Module):
         tokens = torch.arange(3, 19, device=self.device).unsqueeze(0) % self.reference_head.linear.weight.shape[0]
         expected = self.reference_model(tokens).logits.float()
         attention = torch.ones_like(tokens, dtype=torch.bool)
-        hidden = tokens if self.trunk is None else self.trunk(tokens, attention)
-        found = self.reference_head(self.reference(hidden, attention)).float()
+        hidden = tokens if self.trunk is None else self.trunk.plain(tokens, attention)
+        found = self.reference_head(self.reference.plain(hidden, attention)).float()
         if not torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0):
             raise ConfigError(
                 "computes its logits in a way that is not reproduced here",
@@ -218,23 +221,20 @@ class ActorCritic(nn.Module):
         """What every top starts from: trunk output [B, T, D], or the token ids [B, T] where there is no trunk."""
         return sequences.tokens if self.trunk is None else self.trunk(sequences.tokens, sequences.attention)
 
-    def features(self, activations: Tensor, sequences: Sequences) -> Features:
-        """What predicts and what values the response tokens, in one pass if the critic is shared."""
-        features = self.policy_features(activations, sequences)
-        if self.critic is None:
-            return features
-        return Features(features.policy, _before_tokens(self.critic, activations, sequences))
+    def policy_features(self, activations: Tensor, sequences: Sequences) -> Tensor:
+        """What the policy makes [N, D] of the positions before the response tokens that count, row after row."""
+        return _before_tokens(self.policy, activations, sequences)
 
-    def policy_features(self, activations: Tensor, sequences: Sequences) -> Features:
-        """The same for what needs no values: a critic of its own is left out."""
-        policy = _before_tokens(self.policy, activations, sequences)
-        return Features(policy, policy)
+    def critic_features(self, activations: Tensor, sequences: Sequences) -> Tensor:
+        """The same of a critic of its own; a shared one reads the policy's."""
+        assert self.critic is not None
+        return _before_tokens(self.critic, activations, sequences)
 
     def evaluate(self, activations: Tensor, sequences: Sequences, law: SamplingLaw) -> TokenEvaluation:
         """Log-probabilities, entropies and values of the response tokens under policy and critic."""
-        features, mask = self.features(activations, sequences), sequences.mask
-        logprobs, entropy = law_of_tokens(self.policy_head, features.policy, sequences.counted, law)
-        values = self.value_head(features.critic)
+        hidden, mask = self.policy_features(activations, sequences), sequences.mask
+        logprobs, entropy = law_of_tokens(self.policy_head, hidden, sequences.counted, law)
+        values = self.value_head(hidden if self.critic is None else self.critic_features(activations, sequences))
         return TokenEvaluation(*(in_place(found, mask) for found in (logprobs, entropy, values)))
 
     @torch.no_grad()
@@ -245,7 +245,7 @@ class ActorCritic(nn.Module):
         """
         if activations is None:
             activations = self.activations(sequences)
-        hidden = _before_tokens(self.policy, activations, sequences)
+        hidden = self.policy_features(activations, sequences)
         law = SamplingLaw(SamplingConfig(), ())
         return in_place(logprobs_of_tokens(self.policy_head, hidden, sequences.counted, law), sequences.mask)
 

@@ -80,5 +80,8 @@ def _collect(master: Tensor, parameter: Tensor) -> None:
     if master.grad is None:
         master.grad = parameter.grad.float()
     else:
-        master.grad += parameter.grad
+        # A piece at a time: a float32 copy of the whole would leave the cache, and take four times as long.
+        pieces = (grad.flatten().split(1 << 20) for grad in (master.grad, parameter.grad))
+        for total, piece in zip(*pieces, strict=True):
+            total += piece.float()
     parameter.grad = None

@@ -12,7 +12,8 @@ from torch.nn.functional import pad as fill
 
 from ppo_core.decoder import Stack, takes_positions
 from ppo_core.law import SamplingLaw, kept_set, stack_sets
-from ppo_core.llama import LlamaDecoding, obstacle_to_packing
+from ppo_core.llama import LlamaDecoding
+from ppo_core.packed import obstacle_to_packing
 from ppo_core.types import Samples, Sequences, pad_prompts
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ppo_core.config import PPOConfig
 from ppo_core.diagnostics import add_up, mean_of
 from ppo_core.errors import TrainingHealthError
-from ppo_core.features import Features, chunks
+from ppo_core.features import above
 from ppo_core.health import named_responses
 from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
@@ -53,6 +53,9 @@ class _Tokens:
         return len(self.tokens)
 
 
+_Loss = tuple[Tensor, dict[str, float]]
+
+
 class Optimiser:
     """AdamW over the float32 masters of policy and critic, each with its learning rate."""
 
@@ -67,6 +70,12 @@ class Optimiser:
     ) -> None:
         """`ptx` are the token ids of the texts for the language-modelling term, each at least two long."""
         self.model, self.config, self.law, self.ptx, self.pad = model, config, law, ptx, pad
+        # A critic of its own has its pass after the policy's is over, so that the activations of one lie in memory.
+        self._passes = [(model.policy_features, [self._policy_loss])]
+        if model.critic is None:
+            self._passes[0][1].append(self._value_loss)
+        else:
+            self._passes.append((model.critic_features, [self._value_loss]))
         policy, critic = list(model.policy_weights().values()), model.critic_weights()
         self.weights = MasterWeights([*policy, *critic])
         masters, update = self.weights.masters, config.update
@@ -129,39 +138,37 @@ class Optimiser:
             part = experience.rows(index[rows])
             known = _Tokens.of(part, denominator[rows] if denominator.dim() else denominator)
             old, named = part.rollout, f"{where}, {named_responses(index[rows])}"
-            with self.model.training_pass():
-                features = self.model.features(old.activations, old.sequences)
-                # The output layer's part of the backward pass, a chunk at a time: the logits of all are never held.
-                leaves = features.detached()
-                for chunk in chunks(len(known)):
-                    loss, figures = self._loss(leaves.part(chunk), known.part(chunk), kl_coef, tokens)
-                    _refuse_non_finite("loss", loss, named)
-                    loss.backward()
-                    add_up(stats, figures)
-                features.backward(leaves)
+            for features_of, losses in self._passes:
+                frozen = critic_only and features_of == self.model.policy_features
+                with self.model.training_pass(), torch.set_grad_enabled(not frozen):
+                    features = features_of(old.activations, old.sequences)
+                for hidden, chunk in above(features):
+                    for loss_of in losses:
+                        loss, figures = loss_of(hidden, known.part(chunk), kl_coef, tokens)
+                        _refuse_non_finite("loss", loss, named)
+                        loss.backward()
+                        add_up(stats, figures)
         if critic_only:  # while the critic warms up, its loss must not move what it shares with the policy
             for master in self._of_policy:
                 master.grad = None
         return stats
 
-    def _loss(self, features: Features, old: _Tokens, kl_coef: float, tokens: int) -> tuple[Tensor, dict[str, float]]:
-        """What some tokens add to the loss of their minibatch, which has `tokens` of them, and to its figures."""
+    def _policy_loss(self, hidden: Tensor, old: _Tokens, kl_coef: float, tokens: int) -> _Loss:
+        """What some tokens add to the policy's part of their minibatch's loss and to its figures.
+
+        The minibatch has `tokens` of them; `hidden` [N, D] predict these.
+        """
         loss, reward, everywhere = self.config.loss, self.config.reward, torch.ones_like(old.values, dtype=torch.bool)
-        logits = self.law.restricted(self.model.policy_head(features.policy), old.tokens)
+        logits = self.law.restricted(self.model.policy_head(hidden), old.tokens)
         logprobs, entropies = logprobs_and_entropy(logits, old.tokens.ids, self.law.temperature)
-        values = self.model.value_head(features.critic)
         policy = policy_loss(
             logprobs, old.logprobs, old.advantages, everywhere, loss.clip_range, loss.dual_clip, old.denominator
         )
-        value = value_loss(values, old.values, old.returns, everywhere, loss.value_clip_range, old.denominator)
-        entropy = mean_loss(entropies, everywhere, old.denominator)
-        total = ppo_objective(policy.loss, value.loss, entropy, loss.value_coef, loss.entropy_coef)
-        share = len(old) / tokens
+        entropy, share = mean_loss(entropies, everywhere, old.denominator), len(old) / tokens
+        total = ppo_objective(policy.loss, torch.zeros_like(policy.loss), entropy, loss.value_coef, loss.entropy_coef)
         figures = {
             "policy_loss": policy.loss,
-            "value_loss": value.loss,
             "clip_fraction": policy.clip_fraction * share,
-            "value_clip_fraction": value.clip_fraction * share,
             "approx_kl": policy.approx_kl * share,
             "ratio": policy.ratio * share,
             "ratio_max": policy.ratio_max,
@@ -169,6 +176,17 @@ class Optimiser:
         if reward.kl_in == "loss":
             figures["kl_loss"] = kl_loss(logprobs, old.ref_logprobs, everywhere, reward.kl_estimator, old.denominator)
             total = total + kl_coef * figures["kl_loss"]
+        return total, {name: float(figure.detach()) for name, figure in figures.items()}
+
+    def _value_loss(self, hidden: Tensor, old: _Tokens, kl_coef: float, tokens: int) -> _Loss:
+        """The critic's part likewise."""
+        loss, everywhere = self.config.loss, torch.ones_like(old.values, dtype=torch.bool)
+        value = value_loss(
+            self.model.value_head(hidden), old.values, old.returns, everywhere, loss.value_clip_range, old.denominator
+        )
+        figures = {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction * len(old) / tokens}
+        none = torch.zeros_like(value.loss)
+        total = ppo_objective(none, value.loss, none, loss.value_coef, loss.entropy_coef)
         return total, {name: float(figure.detach()) for name, figure in figures.items()}
 
     def _gather_ptx(self, draw: torch.Generator, where: str) -> float:
@@ -185,14 +203,12 @@ class Optimiser:
             written, which = part.counted, f"{where}, human texts {[chosen[i] for i in rows.tolist()]}"
             with self.model.training_pass():
                 features = self.model.policy_features(self.model.activations(part), part)
-                leaves = features.detached()
-                for chunk in chunks(len(written)):
-                    logits = self.model.policy_head(leaves.policy[chunk])  # temperature 1, nothing left out
-                    nll = -token_logprobs(logits, written.ids[chunk]).sum() / tokens
-                    _refuse_non_finite("language-modelling loss", nll, which)
-                    (self.config.loss.ptx_coef * nll).backward()
-                    loss += float(nll.detach())
-                features.backward(leaves)
+            for hidden, chunk in above(features):
+                logits = self.model.policy_head(hidden)  # temperature 1, nothing left out
+                nll = -token_logprobs(logits, written.ids[chunk]).sum() / tokens
+                _refuse_non_finite("language-modelling loss", nll, which)
+                (self.config.loss.ptx_coef * nll).backward()
+                loss += float(nll.detach())
         return loss
 
     def _clip(self, where: str, index: Tensor) -> dict[str, float]:

@@ -51,7 +51,8 @@ def test_gradients_are_the_same_and_layers_run_twice(family: str, trainable: str
         assert not any(layer.training for layer in t.model.policy.decoder.modules() if hasattr(layer, "mlp"))
     for without, again in zip(*gradients, strict=True):
         assert without.abs().max() > 0
-        torch.testing.assert_close(again, without, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again, without, atol=4e-6, rtol=1e-4)
     layers = (2 if trainable == "top_layers" else 4) * (2 if critic == "separate" else 1)
-    assert sorted(calls[0].values()) == [1] * layers
+    # What runs packed does not call the layers at all, and is what the gradients of those that do are compared with.
+    assert sorted(calls[0].values()) in ([1] * layers, [])
     assert sorted(calls[1].values()) == [2] * layers

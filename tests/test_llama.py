@@ -12,8 +12,9 @@ from torch import Tensor
 from ppo_core import llama
 from ppo_core.config import ModelConfig
 from ppo_core.decoder import Stack, clone, split
-from ppo_core.llama import LlamaDecoding, obstacle_to_packing
+from ppo_core.llama import LlamaDecoding
 from ppo_core.models import ActorCritic
+from ppo_core.packed import obstacle_to_packing
 from ppo_core.sampling import Decoding, Sampler
 
 PROMPT, RESPONSE = 5, 9
@@ -50,9 +51,8 @@ def decoded(decoding: Any, leaving_at: int | None = None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("leaving_at", [None, 7, 12])
-@pytest.mark.parametrize("biases", [False, True])
-def test_a_token_at_a_time_gives_what_the_whole_text_gives(biases: bool, leaving_at: int | None):
-    model = tiny_model("Llama", attention_bias=biases, mlp_bias=biases, rope_parameters={"rope_theta": 50.0})
+def test_a_token_at_a_time_gives_what_the_whole_text_gives(leaving_at: int | None):
+    model = tiny_model("Llama", rope_parameters={"rope_theta": 50.0})
     trunk, top = split(model, 1)
     found = decoded(Sampler(trunk, clone(top)).start(), leaving_at)
     tokens, attention, positions = texts()
@@ -76,7 +76,7 @@ def test_the_plain_path_says_the_same():
 
 
 def test_a_new_decoding_has_the_weights_as_they_are_then():
-    model = tiny_model("Llama", attention_bias=True, mlp_bias=True)
+    model = tiny_model("Llama")
     decoders = [model.get_decoder()]
     before = decoded(LlamaDecoding(decoders))[0]
     for name, parameter in model.named_parameters():
@@ -94,6 +94,8 @@ def test_a_new_decoding_has_the_weights_as_they_are_then():
     [
         ("Llama", {}, None),
         ("Llama", {"hidden_act": "gelu"}, "gelu"),
+        ("Llama", {"attention_bias": True}, "biases"),
+        ("Llama", {"mlp_bias": True}, "biases"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
         ("Mistral", {}, "MistralDecoderLayer"),
         ("Granite", {}, "GraniteDecoderLayer"),
