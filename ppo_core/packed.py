@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines [.., 1, d] of the tokens' positions; of the sines, the first half has its sign turned."""
@@ -59,7 +59,10 @@ def run(decoder: Any, x: Tensor, attention: Tensor) -> Tensor:
     layout = _Layout.of(attention)
     hidden = layout.packed(x)
     if not hidden.is_floating_point():
-        hidden = decoder.embed_tokens(hidden)
+        embed = decoder.embed_tokens
+        # A gradient of a few rows, which a float32 master adds up as it is; a parameter that is its own needs all.
+        sparse = embed.weight.dtype != torch.float32
+        hidden = embedding(hidden, embed.weight, embed.padding_idx, sparse=sparse)
     rotation = rotation_at(decoder, layout.positions, hidden.dtype)
     for layer in decoder.layers:
         own, mlp = layer.self_attn, layer.mlp

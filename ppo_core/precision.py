@@ -76,12 +76,14 @@ class MasterWeights:
 
 
 def _collect(master: Tensor, parameter: Tensor) -> None:
-    assert parameter.grad is not None
+    grad = parameter.grad
+    assert grad is not None
     if master.grad is None:
-        master.grad = parameter.grad.float()
+        master.grad = grad.float().to_dense()
+    elif grad.is_sparse:
+        master.grad += grad.float()
     else:
         # A piece at a time: a float32 copy of the whole would leave the cache, and take four times as long.
-        pieces = (grad.flatten().split(1 << 20) for grad in (master.grad, parameter.grad))
-        for total, piece in zip(*pieces, strict=True):
+        for total, piece in zip(*(whole.flatten().split(1 << 20) for whole in (master.grad, grad)), strict=True):
             total += piece.float()
     parameter.grad = None
