@@ -9,7 +9,7 @@ H query heads, G key-value heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,11 @@ def _projections(layer: Any) -> list[Any]:
     ]
 
 
-def run(decoder: Any, x: Tensor, attention: Tensor) -> Tensor:
+def run(decoder: Any, x: Tensor, attention: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
     """What the decoder makes of token ids [B, T] or hidden states [B, T, D]: [B, T, D], 0 where no token stands.
 
-    `attention` [B, T] is True where one does. For decoders without an `obstacle_to_packing`.
+    `attention` [B, T] is True where one does. For decoders without an `obstacle_to_packing`. `keep` is given the keys
+    and values [B, T, G, d] of each layer in turn.
     """
     layout = _Layout.of(attention)
     hidden = layout.packed(x)
@@ -70,6 +71,8 @@ def run(decoder: Any, x: Tensor, attention: Tensor) -> Tensor:
         query, key, value = _Project.apply(  # type: ignore[no-untyped-call]
             hidden, norm.weight, *projections, rotation, norm.variance_epsilon
         )
+        if keep is not None:
+            keep(layout.unpacked(key), layout.unpacked(value))
         read = layout.attend(query, key, value, own.scaling)
         norm, weights = layer.post_attention_layernorm, (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
         hidden = _Transform.apply(  # type: ignore[no-untyped-call]
@@ -121,7 +124,7 @@ class _Layout:
         return flat if self.found is None else flat.index_select(0, self.found)
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """[N, D] to [B, T, D]."""
+        """[N, ..] to [B, T, ..]."""
         return _spread(x, self.found, self.shape[0] * self.shape[1]).unflatten(0, self.shape)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
