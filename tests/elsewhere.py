@@ -11,10 +11,46 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-CUDA = torch.device("cuda", 0)
+
+
+class _Module:
+    """What torch asks of a device's module: there is no device to be found, and no generator to be saved."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """It has no generator."""
+
+
+class _Hook(torch._C._acc.PrivateUse1Hooks):
+    """Nobody takes the device for an accelerator of this machine."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def has_primary_context(self, index: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+torch.utils.backend_registration._setup_privateuseone_for_python_backend("elsewhere", _Module(), _Hook())
+THERE = torch.device("elsewhere", 0)
 _aten = torch.ops.aten
 _MOVES = {_aten._to_copy.default, _aten.copy_.default}
 
@@ -27,7 +63,7 @@ class Elsewhere(torch.Tensor):
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> Elsewhere:
         return torch.Tensor._make_wrapper_subclass(
-            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=CUDA
+            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=THERE
         )
 
     def __init__(self, here: torch.Tensor) -> None:
@@ -56,7 +92,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check(func, args, tensors)
     device = kwargs.get("device")
     if device is not None:
-        there, kwargs = torch.device(device).type == "cuda", kwargs | {"device": "cpu"}
+        there, kwargs = torch.device(device).type == "elsewhere", kwargs | {"device": "cpu"}
     elif func in _MOVES:
         there = isinstance(args[0], Elsewhere)
     here = tree_map_only(Elsewhere, lambda x: x.here, (args, kwargs))
@@ -70,21 +106,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _check(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
     """A number of no dimension may come from the CPU, but not into a list."""
     listed = [x for part in args if isinstance(part, (list, tuple)) for x in part if isinstance(x, torch.Tensor)]
-    places = {x.device for x in [*(x for x in tensors if x.dim()), *listed]} | {x.device for x in tensors if x.is_cuda}
+    places = {x.device for x in [*(x for x in tensors if x.dim()), *listed]} | {x.device for x in tensors if isinstance(x, Elsewhere)}
     if len(places) > 1:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {places}")
 
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """Within it there is a CUDA device: `torch.cuda.is_available()`, `.to("cuda")`, `device="cuda"`."""
-    torch._C._ensureCUDADeviceGuardSet()
+    """Within it there is another device, on which models are put when they are loaded."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        # Parameters keep their identity when a module moves, as they do on CUDA: tied weights stay tied.
+        for module in ("device", "decoder", "precision"):
+            patch.setattr(f"ppo_core.{module}.device", lambda: THERE)
+        # Parameters keep their identity when a module moves, as on a real device: tied weights stay tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") begins on the CPU
+        torch._C._set_only_lift_cpu_tensors(True)  # what is made of Python's numbers begins on the CPU
         try:
             yield
         finally:

@@ -29,7 +29,8 @@ def tokenizer(policy_folder):
 @pytest.fixture(scope="module")
 def samples(tokenizer) -> Samples:
     """`TEXTS` as sampled: padding equal to EOS on both sides."""
-    prompts, attention = pad_prompts([encode_prompt(tokenizer, p, "text") for p, _, _ in TEXTS], tokenizer.pad_token_id)
+    asked = [encode_prompt(tokenizer, prompt, "text") for prompt, _, _ in TEXTS]
+    prompts, attention = pad_prompts(asked, tokenizer.pad_token_id, torch.device("cpu"))
     ends = [tokenizer.convert_tokens_to_ids(end) for *_, end in TEXTS]
     said = [encode_response(tokenizer, r) for _, r, _ in TEXTS]
     width = max(len(ids) for ids in said) + 1
