@@ -1,4 +1,4 @@
-"""`make bench`: Proximal and TRL on the same work, in turns; a table, results/cpu.json and a picture.
+"""`make bench`: Proximal and TRL on the same work, in turns; a table, results/cpu.json (or gpu.json) and a picture.
 
 TRL gets an environment of its own in work/trl, made on first use (some minutes). Figures are medians over rounds;
 ratios are medians of the ratios within rounds: what disturbs a round disturbs both sides of it.
@@ -45,16 +45,18 @@ def main() -> None:
     runs: dict[str, dict[str, list[Found]]] = {work: {name: [] for name in CONTESTANTS} for work in args.work}
     for work, name in tqdm(turns, desc="turns", unit="turn"):
         runs[work][name].append(_run([*CONTESTANTS[name], "--work", work]))
-    rollouts = _run([sys.executable, "-m", "benchmarks.rollouts"])
+    rollouts, gpu = _run([sys.executable, "-m", "benchmarks.rollouts"]), torch.cuda.is_available()
     report = {
         "machine": _machine(),
         "iteration": {work: _compare(found) for work, found in runs.items()},
         "rollouts": rollouts,
+        **({"large": _run([sys.executable, "-m", "benchmarks.large"])} if gpu else {}),
         "runs": runs,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _picture(report).savefig(ROOT / "docs" / "images" / "benchmark.png", dpi=150)
+    name = "gpu" if gpu else "cpu"
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _picture(report).savefig(ROOT / "docs" / "images" / f"benchmark{'_gpu' if gpu else ''}.png", dpi=150)
     print(_table(report))
 
 
@@ -124,6 +126,7 @@ def _machine() -> dict[str, Any]:
         "processor": model,
         "cores": torch.get_num_threads(),
         "bfloat16": native,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ppo_core.device import clock, device
 
 Product = tuple[int, int, int]
 
@@ -43,13 +44,13 @@ def seconds_of(wanted: list[Product], dtype: torch.dtype) -> float:
 
 def read_bandwidth() -> float:
     """Bytes a second when summing an array far larger than the caches."""
-    array = torch.ones(1 << 28)
+    array = torch.ones(1 << 28, device=device())
     return array.nbytes / _median(array.sum)
 
 
 def _product(shape: Product, dtype: torch.dtype) -> Callable[[], object]:
     m, k, n = shape
-    left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    left, right = (torch.randn(*shape, device=device()).to(dtype) for shape in ((m, k), (n, k)))
     return lambda: torch.nn.functional.linear(left, right)
 
 
@@ -57,7 +58,7 @@ def _median(do: Callable[[], object], times: int = 9) -> float:
     do()
     taken = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = clock()
         do()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return sorted(taken)[times // 2]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ environment.prepare()
 import torch  # noqa: E402
 
 from benchmarks import limits  # noqa: E402
+from benchmarks.memory import peak_bytes  # noqa: E402
 from benchmarks.work import BATCH, EPOCHS, MICRO_BATCH, RESPONSE, WORKS, Work  # noqa: E402
 from ppo_core.config import PPOConfig  # noqa: E402
 from ppo_core.decoder import clone, load_causal_lm, split  # noqa: E402
@@ -47,11 +47,10 @@ def main() -> None:
     trainer = new_trainer(args.kind, WORKS[args.work], args.dtype, args.model)
     steps = [trainer.step() for _ in range(args.iterations)]
     keys = ("sample_s", "score_s", "update_s", "tokens", "length")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dtype = trainer.model.reference_head.linear.weight.dtype
     found = {
         "iterations": [{key: step[key] for key in keys} for step in steps],
-        "peak_bytes": peak,
+        "peak_bytes": peak_bytes(),
         "dtype": str(dtype).removeprefix("torch."),
         "products_s": _products_seconds(trainer, args.kind, WORKS[args.work], dtype),
     }

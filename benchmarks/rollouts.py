@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from benchmarks import limits  # noqa: E402
 from benchmarks.work import RESPONSE, WORKS  # noqa: E402
 from ppo_core.config import SamplingConfig  # noqa: E402
 from ppo_core.decoder import Stack, load_causal_lm  # noqa: E402
+from ppo_core.device import clock, device  # noqa: E402
 from ppo_core.law import SamplingLaw  # noqa: E402
 from ppo_core.precision import arithmetic  # noqa: E402
 from ppo_core.sampling import Sampler, sample  # noqa: E402
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = arithmetic(args.dtype)
     model = load_causal_lm(args.model, dtype)
-    plain = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True).eval()
+    plain = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True).eval().to(device())
     ours, theirs = _ours(model), _generate(plain)
     ours(32), theirs(32)
     pairs = [(ours(32), theirs(32)) for _ in range(args.pairs)]
@@ -66,9 +66,9 @@ def _ours(model: Any) -> Callable[[int], float]:
     law = SamplingLaw(SamplingConfig(max_new_tokens=RESPONSE), WORK.stop_tokens())
 
     def run(size: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         samples = sample(sampler, model.lm_head, WORK.prompts(size), law, range(size), 2)
-        return float(samples.sequences.mask.sum()) / (time.perf_counter() - start)
+        return float(samples.sequences.mask.sum()) / (clock() - start)
 
     return run
 
@@ -77,14 +77,14 @@ def _generate(model: Any) -> Callable[[int], float]:
     stops = WORK.stop_tokens()
 
     def run(size: int) -> float:
-        start = time.perf_counter()
-        tokens, attention = pad_prompts(WORK.prompts(size), 2)
+        start = clock()
+        tokens, attention = pad_prompts(WORK.prompts(size), 2, device())
         out = model.generate(
             input_ids=tokens, attention_mask=attention.long(), do_sample=True, top_k=0, max_new_tokens=RESPONSE,
             eos_token_id=stops, pad_token_id=2,
         )  # fmt: skip
-        taken = time.perf_counter() - start
-        ended = torch.isin(out[:, tokens.shape[1] :], torch.tensor(stops)).int()
+        taken = clock() - start
+        ended = torch.isin(out[:, tokens.shape[1] :], torch.tensor(stops, device=out.device)).int()
         return float(((ended.cumsum(dim=1) - ended) == 0).sum()) / taken
 
     return run

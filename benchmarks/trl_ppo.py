@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.memory import peak_bytes
 from benchmarks.work import BATCH, EPOCHS, MICRO_BATCH, RESPONSE, WORKS, Work
 
 PAD = 0
+GPU = torch.cuda.is_available()
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
     trainer = new_trainer(WORKS[args.work], args.model, args.iterations, clock)
     clock.watch(trainer)
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"iterations": clock.iterations, "peak_bytes": peak, "dtype": "float32"}))
+    dtype = "bfloat16" if GPU else "float32"
+    print(json.dumps({"iterations": clock.iterations, "peak_bytes": peak_bytes(), "dtype": dtype}))
 
 
 class Clock(TrainerCallback):
@@ -51,13 +52,13 @@ class Clock(TrainerCallback):
         generate, accumulate = ppo_trainer.batch_generation, trainer.accelerator.accumulate
 
         def generation(*args: Any) -> Any:
-            self.marks, self.tokens = {"begin": time.perf_counter()}, 0
+            self.marks, self.tokens = {"begin": _now()}, 0
             result = generate(*args)
-            self.marks["sampled"] = time.perf_counter()
+            self.marks["sampled"] = _now()
             return result
 
         def accumulation(*args: Any) -> Any:
-            self.marks.setdefault("scored", time.perf_counter())
+            self.marks.setdefault("scored", _now())
             return accumulate(*args)
 
         ppo_trainer.batch_generation = generation
@@ -66,7 +67,7 @@ class Clock(TrainerCallback):
 
     def truncate(self, stop_token: int, pad: int, responses: torch.Tensor) -> torch.Tensor:
         """What TRL's own function of this name does, for any of several tokens."""
-        ends = torch.isin(responses, self.stops).int()
+        ends = torch.isin(responses, self.stops.to(responses.device)).int()
         alive = (ends.cumsum(dim=1) - ends) == 0
         self.tokens += int(alive.sum())
         return torch.where(alive, responses, pad)
@@ -77,11 +78,18 @@ class Clock(TrainerCallback):
             {
                 "sample_s": sampled - begin,
                 "score_s": scored - sampled,
-                "update_s": time.perf_counter() - scored,
+                "update_s": _now() - scored,
                 "tokens": float(self.tokens),
                 "length": self.tokens / BATCH,
             }
         )
+
+
+def _now() -> float:
+    """Once the GPU, if there is one, has done what it was asked."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def new_trainer(work: Work, folder: Path, iterations: int, clock: Clock) -> PPOTrainer:
@@ -104,8 +112,8 @@ def new_trainer(work: Work, folder: Path, iterations: int, clock: Clock) -> PPOT
         learning_rate=1e-6,
         num_sample_generations=0,
         missing_eos_penalty=None,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not GPU,
+        bf16=GPU,  # on a CPU it changes nothing
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",

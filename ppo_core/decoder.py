@@ -28,7 +28,7 @@ from ppo_core.packed import obstacle_to_packing
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> Any:
-    """The transformers model in `folder` (safetensors only, no remote code), frozen, without dropout.
+    """The transformers model in `folder` (safetensors only, no remote code), `frozen`.
 
     Raises IntegrityError where it is damaged or lacks weights.
     """

@@ -6,6 +6,7 @@ There is no parameter for it: a GPU is hidden from a run by CUDA's own variable,
 from __future__ import annotations
 
 import logging
+import time
 from functools import cache
 
 import torch
@@ -21,6 +22,13 @@ def device() -> torch.device:
         return torch.device("cuda", 0)
     log.info("computing on the CPU: torch sees no CUDA device")
     return torch.device("cpu")
+
+
+def clock() -> float:
+    """Seconds on a clock that is read once all that was asked of the device is done."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def named(where: torch.device) -> str:

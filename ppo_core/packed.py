@@ -61,8 +61,8 @@ def run(decoder: Any, x: Tensor, attention: Tensor, keep: Callable[[Tensor, Tens
     hidden = layout.packed(x)
     if not hidden.is_floating_point():
         embed = decoder.embed_tokens
-        # A gradient of a few rows, which a float32 master adds up as it is; a parameter that is its own needs all.
-        sparse = embed.weight.dtype != torch.float32
+        # The gradient of the few rows that were read; a master adds it to its own. To be its own, it must be whole.
+        sparse = _on_cpu_in_bfloat16(embed.weight)
         hidden = embedding(hidden, embed.weight, embed.padding_idx, sparse=sparse)
     rotation = rotation_at(decoder, layout.positions, hidden.dtype)
     for layer in decoder.layers:
@@ -138,12 +138,16 @@ class _Layout:
             return _spread(x, self.rows, shape[0] * shape[1]).unflatten(0, shape).transpose(1, 2)
 
         query, key, value = laid_out(query), laid_out(key), laid_out(value)
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        if _on_cpu_in_bfloat16(query):
             read = _attend(query, key, value, scale)
         else:
             read = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         flat = read.transpose(1, 2).flatten(2).flatten(0, 1)
         return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
+def _on_cpu_in_bfloat16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _spread(x: Tensor, places: Tensor | None, room: int) -> Tensor:

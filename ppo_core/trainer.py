@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_core.config import PPOConfig
+from ppo_core.device import clock as read_clock
 from ppo_core.diagnostics import describe
 from ppo_core.experience import estimate, token_rewards
 from ppo_core.health import Health, refuse_non_finite
@@ -58,20 +58,20 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One iteration: roll out, estimate advantages, update. Returns diagnostics over all its tokens."""
-        clock = [time.perf_counter()]
+        clock = [read_clock()]
         samples = self.sample()
-        clock.append(time.perf_counter())
+        clock.append(read_clock())
         rollout = self.score(samples)
         self.moments.update(rollout.scores)
         experience = self.estimate(rollout)
         stats = describe(experience, 0.0 if self.config.reward.kl_in == "none" else self.kl.coef)
         self.health.check(stats, len(rollout), self._where())
-        clock.append(time.perf_counter())
+        clock.append(read_clock())
         stats |= self.optimiser.update(experience, seed=self.seed, iteration=self.iteration, kl_coef=self.kl.coef)
         if self.iteration >= self.config.update.critic_warmup:  # before, the policy had no way to move
             self.kl.update(stats["kl"], len(rollout))
         self.iteration += 1
-        clock.append(time.perf_counter())
+        clock.append(read_clock())
         phases = zip(("sample_s", "score_s", "update_s"), clock, clock[1:], strict=False)
         return stats | {phase: end - start for phase, start, end in phases}
 

@@ -189,7 +189,8 @@ class PPORun:
 
     def _write_policy(self, weights: Path) -> None:
         """Base model and trained weights as one transformers folder, in the dtype that sampled."""
-        model = load_base(self.workspace, self.params.ppo.model.dtype)
+        # Only to be written, not to compute: whatever the device, files are made from the CPU.
+        model = load_base(self.workspace, self.params.ppo.model.dtype).cpu()
         install(model, load_file(weights))
         beside = self.workspace.policy.with_name("policy.writing")
         shutil.rmtree(beside, ignore_errors=True)

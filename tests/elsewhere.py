@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 
-
 class _Module:
     """What torch asks of a device's module: there is no device to be found, and no generator to be saved."""
 
@@ -106,7 +105,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _check(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
     """A number of no dimension may come from the CPU, but not into a list."""
     listed = [x for part in args if isinstance(part, (list, tuple)) for x in part if isinstance(x, torch.Tensor)]
-    places = {x.device for x in [*(x for x in tensors if x.dim()), *listed]} | {x.device for x in tensors if isinstance(x, Elsewhere)}
+    places = {x.device for x in [*(x for x in tensors if x.dim()), *listed]} | {
+        x.device for x in tensors if isinstance(x, Elsewhere)
+    }
     if len(places) > 1:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {places}")
 
@@ -115,8 +116,14 @@ def _check(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
 def elsewhere() -> Iterator[None]:
     """Within it there is another device, on which models are put when they are loaded."""
     with pytest.MonkeyPatch.context() as patch, _Mode():
-        for module in ("device", "decoder", "precision"):
-            patch.setattr(f"ppo_core.{module}.device", lambda: THERE)
+        for module in (
+            "ppo_core.device",
+            "ppo_core.decoder",
+            "ppo_core.precision",
+            "benchmarks.limits",
+            "benchmarks.large",
+        ):
+            patch.setattr(f"{module}.device", lambda: THERE)
         # Parameters keep their identity when a module moves, as on a real device: tied weights stay tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)  # what is made of Python's numbers begins on the CPU

@@ -20,6 +20,14 @@ def test_the_core_imports_nothing_heavy():
     assert not {name.split(".")[0] for name in loaded} & HEAVY
 
 
+def test_the_benchmarks_import_no_orchestration():
+    names = ("large", "limits", "memory", "proximal_ppo", "rollouts", "work")
+    code = f"import json, sys, {', '.join(f'benchmarks.{name}' for name in names)}; print(json.dumps([*sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CORE.parent, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {"prefect", "mlflow", "dvc", "great_expectations"}
+
+
 def test_the_parameters_import_no_torch():
     code = "import sys, ppo_core.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=CORE.parent, capture_output=True, text=True, check=True)
