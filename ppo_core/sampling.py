@@ -41,12 +41,8 @@ class Sampler:
 
         self.decoders: list[Any] = [stack.decoder for stack in (trunk, top) if stack is not None]
         self.obstacle = obstacle_to_packing(self.decoders)
-        way = f"through transformers' own layers: {self.obstacle}"
-        log.info("sampling %s", way if self.obstacle else "with packed layers: the model is built like Llama")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.top.parameters()).device
+        way = f"as transformers has them: {self.obstacle}" if self.obstacle else "packed: the model is built like Llama"
+        log.info("layers run %s", way)
 
     def start(self) -> Decoding | LlamaDecoding:
         """A decoding of a new batch."""
