@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import linear, pad, rms_norm, silu
 
-from ppo_core.packed import Rotation, normalised, rotated, rotation_at, run
+from ppo_core.packed import Rotation, rotated, rotation_at, run
 
 BLOCK = 32
 """Tokens by which a cache grows."""
@@ -125,7 +125,7 @@ class _Packed:
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return normalised(x, norm.weight, norm.variance_epsilon)[0]
+    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 _Stack = tuple[Any, list[_Packed]]

@@ -203,7 +203,7 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, scale = normalised(x, norm, eps)
+        y, scale = _normalised(x, norm, eps)
         cos, sin = rotation
         query, key, value = (linear(y, w).unflatten(-1, (-1, cos.shape[-1])) for w in (q, k, v))
         ctx.save_for_backward(x, scale, y, norm, q, k, v, cos, sin)
@@ -230,7 +230,7 @@ class _Transform(torch.autograd.Function):
         ctx: Any, x: Tensor, read: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
     ) -> Tensor:
         x = x + linear(read, out)
-        y, scale = normalised(x, norm, eps)
+        y, scale = _normalised(x, norm, eps)
         gated, upped = linear(y, gate), linear(y, up)
         opened = silu(gated)
         ctx.save_for_backward(x, read, scale, y, gated, opened, upped, out, norm, gate, up, down)
@@ -264,7 +264,7 @@ def _sum_of_products(grads: list[Tensor], weights: list[Tensor]) -> Tensor:
     return total
 
 
-def normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Divide x [N, D] by its root mean square (Zhang and Sennrich 2019), and return the factors [N, 1], too."""
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
