@@ -44,6 +44,10 @@ class Sampler:
         way = f"as transformers has them: {self.obstacle}" if self.obstacle else "packed: the model is built like Llama"
         log.info("layers run %s", way)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.top.parameters()).device
+
     def start(self) -> Decoding | LlamaDecoding:
         """A decoding of a new batch."""
         return Decoding(self.decoders) if self.obstacle else LlamaDecoding(self.decoders)
