@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from toy import PAD, PROMPTS, equal, toy_config, toy_model, toy_trainer, weights_of
+from toy import equal, toy_config, toy_model, toy_trainer, weights_of
 
 from ppo_core import update
-from ppo_core.decoder import split
-from ppo_core.precision import MasterWeights
-from ppo_core.preferences import Pairs, fit
-from ppo_core.schedules import learning_rate_factor
-from ppo_core.scorers import RewardModel
 from ppo_core.trainer import Trainer
 from ppo_core.types import Experience, Rollout
 
@@ -143,50 +137,6 @@ def test_while_the_critic_warms_up_nothing_of_the_policy_moves(trainable: str, c
     assert slots(t)[0]["step"] == 4  # two epochs of two minibatches: its moments know nothing of the warm-up
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [
-    ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1]),
-    # From step 3 to 7 in four equal parts; then 0.
-    ("linear", [1 / 3, 2 / 3, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
-    ("cosine", [1 / 3, 2 / 3, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0, 0]),
-])  # fmt: skip
-def test_schedules_by_hand(schedule: str, expected: list[float]):
-    found = [learning_rate_factor(schedule, step, warmup=3, horizon=7) for step in range(9)]
-    assert found == pytest.approx(expected, abs=1e-12)
-
-
-def test_schedules_at_their_ends():
-    assert learning_rate_factor("linear", 0, warmup=0, horizon=4) == 1
-    assert learning_rate_factor("cosine", 5, warmup=5, horizon=5) == 1  # a horizon within the warm-up
-    with pytest.raises(ValueError, match="'step'; choose constant, linear or cosine"):
-        learning_rate_factor("step", 0, warmup=0, horizon=1)
-
-
-def test_each_of_policy_and_critic_has_its_rate_and_its_course():
-    update = {
-        "learning_rate": 0.4, "critic_learning_rate": 0.2, "schedule": "linear", "critic_schedule": "cosine",
-        "schedule_iterations": 6, "warmup_iterations": 2,
-    }  # fmt: skip
-    t = toy_trainer(toy_config(update=update))
-    rates = []
-    for iteration in range(7):
-        t.optimiser._set_learning_rates(iteration)
-        rates.append([group["lr"] for group in t.optimiser.adam.param_groups])
-    half = math.sqrt(0.5)
-    policy = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
-    critic = [0.1, 0.2, 0.2, 0.1 * (1 + half), 0.1, 0.1 * (1 - half), 0.0]
-    assert rates == [pytest.approx(pair) for pair in zip(policy, critic, strict=True)]
-    assert [len(group["params"]) for group in t.optimiser.adam.param_groups] == [len(t.model.policy_weights()), 2]
-
-
-def test_a_learning_rate_that_has_fallen_to_0_moves_nothing():
-    t = toy_trainer(toy_config(update={"schedule": "cosine", "critic_schedule": "linear", "schedule_iterations": 1}))
-    t.step()
-    t.iteration = 1
-    before = weights_of(t)
-    t.step()
-    assert equal(weights_of(t), before)
-
-
 def test_the_gradient_is_clipped_by_the_norm_of_policy_and_critic_together():
     found = {}
     for limit in (1e9, 0.1):
@@ -249,42 +199,6 @@ def test_the_language_modelling_term_teaches_the_texts():
         toy_trainer(toy_config(loss={"ptx_coef": 1.0}))
 
 
-def test_bfloat16_arithmetic_has_float32_masters():
-    # Four steps of 3e-4 are lost in a bfloat16 weight of 1, whose neighbours are 1/256 or more away; masters add up.
-    small = {"learning_rate": 3e-4, "critic_learning_rate": 3e-4}
-    t = toy_trainer(toy_config(model={"dtype": "bfloat16"}, update=small), model=toy_model(dtype=torch.bfloat16))
-    norm = next(i for i, name in enumerate(t.model.policy_weights()) if name.endswith("norm.weight"))
-    first = masters(t)[norm].clone()
-    t.step()
-    assert all(m.dtype == torch.float32 for m in masters(t))
-    assert (masters(t)[norm] - first).abs().max() > 1e-4
-    assert torch.equal(t.optimiser.weights.working[norm].float(), first)
-    for _ in range(8):
-        t.step()
-    assert not torch.equal(t.optimiser.weights.working[norm].float(), first)
-    for working, master in zip(t.optimiser.weights.working, masters(t), strict=True):
-        assert torch.equal(working, master.to(working.dtype))
-
-
-def test_micro_batches_add_up_in_float32():
-    # 1 and 256 times 2^-9 are 1.5; added one by one in bfloat16 each is lost: 1 + 2^-9 is 1 there.
-    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    weights = MasterWeights([weight])
-    for part in [1.0] + [2.0**-9] * 256:
-        (weight * part).sum().backward()
-        assert weight.grad is None
-    assert weights.masters[0].grad.item() == 1.5
-
-
-def test_masters_that_are_released_leave_the_weights_to_others():
-    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    MasterWeights([weight]).release()
-    assert not weight.requires_grad
-    second = MasterWeights([weight])
-    (weight * 2).sum().backward()
-    assert second.masters[0].grad.item() == 2.0
-
-
 def test_a_response_without_tokens_changes_no_gradient():
     t = toy_trainer(toy_config())
     rollout = t.roll_out()
@@ -317,22 +231,3 @@ def test_minibatches_cover_the_rollout_once_an_epoch_in_orders_of_their_own(monk
     epochs = [[row for index in seen[start : start + 4] for row in index] for start in range(0, 24, 4)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-
-
-def test_preference_training_warms_up_and_falls_along_a_cosine(monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(0)
-    scorer = RewardModel(*split(toy_model(), 1), 16, PAD)
-    torch.nn.init.normal_(scorer.head.linear.weight)
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def record(self: torch.optim.AdamW, *args: Any) -> Any:
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    pairs = Pairs(texts=PROMPTS, chosen=[0, 2], rejected=[1, 3], target=[1.0, 1.0])
-    fit(scorer, pairs, steps=20, batch_pairs=2, learning_rate=0.5, weight_decay=0.0, seed=0, on_step=lambda *_: None)
-    # Two steps of warm-up, a tenth of 20; then half a cosine over the other 18.
-    expected = [0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * k / 18)) for k in range(18)]
-    assert rates == pytest.approx(expected)
