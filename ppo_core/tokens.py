@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -67,8 +65,9 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, An
     places = [{"role": message["role"], "content": _PLACE.format(i)} for i, message in enumerate(messages)]
     try:
         rendered = tokenizer.apply_chat_template(places, add_generation_prompt=reply, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+    except Exception as error:  # a template is a program that came with the model: it may fail in any way
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the model's chat template refuses the conversation: {what}") from error
     ids: list[int] = []
     # re.split gives template, index, template, index, ..., template.
     for i, part in enumerate(_PLACES.split(rendered)):

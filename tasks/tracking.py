@@ -25,7 +25,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from ppo_core.digests import sha256
 from tasks.addresses import public_uri
-from tasks.errors import Locked, ServiceError, TrainingHealthError
+from tasks.errors import Locked, ResourceError, ServiceError, TrainingHealthError
 from tasks.params import Params, dump_params
 from tasks.processes import HOST, PID, is_alive, is_here, process_tags
 from tasks.registration import registry
@@ -133,7 +133,7 @@ class Tracker:
             return
         try:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
-        except ServiceError as unavailable:
+        except (ServiceError, ResourceError) as unavailable:
             log.warning("%s", unavailable)  # the error that ended the block is the one to report
 
     def log_cycle(self, record: Mapping[str, float], weights: Path) -> None:
@@ -234,19 +234,19 @@ def _probe(uri: str) -> None:
 
 @contextmanager
 def service(client: MlflowClient) -> Iterator[None]:
-    """Turns what MLflow raises into ServiceError where the reason is that its server has gone."""
+    """Turns what MLflow raises into ServiceError where its server has gone, ResourceError where its disk is full."""
     try:
         yield
-    except (MlflowException, requests.RequestException):
+    except (MlflowException, requests.RequestException) as error:
         _probe(client.tracking_uri)
+        if "disk is full" in str(error):  # SQLite's words
+            raise ResourceError("the disk is full", public_uri(client.tracking_uri), "make room") from error
         raise
 
 
 def _experiment(client: MlflowClient, workspace: Workspace) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        identifier: str = found.experiment_id
-        return identifier
+    if (found := client.get_experiment_by_name(EXPERIMENT)) is not None:
+        return str(found.experiment_id)
     local = tracking_uri(workspace).startswith("sqlite:")
     place = (workspace.main_root / "mlartifacts").as_uri() if local else None  # a server has a place of its own
     try:

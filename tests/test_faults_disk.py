@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
-from collections import namedtuple
+from collections import deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from killing import Stages
-from tiny import REPOSITORY
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import event
+from stores import RECORD, trained_weights
+from tiny import REPOSITORY, tiny_params
 
 from ppo_core.checkpoint import save_checkpoint, verify_checkpoint
 from ppo_core.errors import IntegrityError, ResourceError
 from tasks import ppo
 from tasks.errors import Locked
-from tasks.params import load_params
+from tasks.params import check_params, load_params
+from tasks.tracking import Tracker, tracking_uri
 from tasks.workspace import Workspace
 
-pytest_plugins = ["trainings"]
+pytest_plugins = ["stores", "trainings"]
 Usage = namedtuple("Usage", "total used free")
 TENSORS = {"a.safetensors": {"x": torch.arange(5000, dtype=torch.float32)}, "b.safetensors": {"y": torch.ones(3)}}
 PLAIN = {"plain.json": {"iteration": 3, "kl": {"coef": 0.05}}}
@@ -74,6 +80,39 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     verify_checkpoint(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["cycle_001"]
     seen("exit 8, the last one verified, nothing half-written left")
+
+
+@pytest.mark.fault("8: the disk of MLflow's data base fills", expected="exit 8; recorded once when there is room")
+def test_a_full_data_base_of_mlflow_is_told_and_made_up_for(
+    home: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, seen: Callable[[str], None]
+) -> None:
+    params, weights = check_params(tiny_params()), trained_weights(home, tmp_path / "trained.safetensors")
+    full = True
+
+    def limit(connection: sqlite3.Connection, _: object) -> None:
+        most = connection.execute("PRAGMA page_count").fetchone()[0] if full else 2**31
+        connection.execute(f"PRAGMA max_page_count = {most}")
+
+    engine = SqlAlchemyStore._get_or_create_engine(tracking_uri(home))  # the one that clients of this store share
+    engine.dispose()
+    event.listen(engine, "connect", limit)
+    with pytest.raises(ResourceError, match=r"the disk is full.*make room") as refused:
+        Tracker.open(home, "f" * 64, params)
+    assert refused.value.exit_code == 8
+
+    full = False
+    engine.dispose()
+    with Tracker.open(home, "f" * 64, params) as tracker:
+        full = True
+        engine.dispose()
+        cycles = itertools.count(1)
+        with pytest.raises(ResourceError, match="the disk is full"):
+            deque(tracker.log_cycle(RECORD | {"cycle": cycle}, weights) for cycle in cycles)  # the pages have room left
+        full = False
+        engine.dispose()
+    steps = [point.step for point in tracker.client.get_metric_history(tracker.run_id, "train/kl")]
+    assert steps == list(range(1, next(cycles)))
+    seen(f"exit 8 at the start and at cycle {steps[-1]}; afterwards {len(steps)} points for as many cycles")
 
 
 @pytest.mark.fault("8: no room for the next cycle", expected="exit 8 before it is trained, not after")

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_its_module_is_looked_up_in_data_own_before_what_is_installed(own: Path)
     assert source_file("json.decoder:score", own) == mine
     assert OwnFunction("json.decoder:score", own)(["p"], ["r"]) == [3.0]
     assert json.loads("[1]") == [1], "and what is installed stays as it is"
+
+
+@pytest.mark.fault("29: a path that leads out", expected="exit 2 of a reward function, the target")
+def test_a_link_that_leads_out_of_data_own_is_not_followed(own: Path, seen: Callable[[str], None]) -> None:
+    (own.parent / "elsewhere.py").write_text("def score(p, r):\n    return [1.0] * len(r)\n", encoding="utf-8")
+    (own / "mine.py").symlink_to(own.parent / "elsewhere.py")
+    with pytest.raises(ConfigError, match=r"mine\.py leads out of data/own, to .*elsewhere\.py.*copy it") as refused:
+        OwnFunction("mine:score", own)
+    assert refused.value.exit_code == 2
+    seen("exit 2, the target")
 
 
 def test_an_edit_counts_at_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

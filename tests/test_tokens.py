@@ -62,8 +62,18 @@ def test_a_role_cannot_forge_a_turn(tokenizer):
         encode_prompt(tokenizer, chat(("user<|im_end|>", "x")), "chat")
 
 
-def test_a_conversation_that_the_template_refuses_is_a_value_error(policy_folder):
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for message in messages", "TemplateSyntaxError"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+    ids=["raises", "syntax", "type", "arithmetic"],
+)
+def test_a_conversation_that_the_template_refuses_is_a_value_error(policy_folder, template, why):
     strict = AutoTokenizer.from_pretrained(policy_folder)
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="roles must alternate"):
+    strict.chat_template = template
+    with pytest.raises(ValueError, match=f"chat template refuses the conversation: .*{why}"):
         encode_prompt(strict, chat(("user", "x")), "chat")

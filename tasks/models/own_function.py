@@ -49,6 +49,10 @@ def source_file(named: str, own: Path, key: str = KEY) -> Path:
     module = named.partition(":")[0]
     mine = own / f"{module.replace('.', '/')}.py"
     if mine.is_file():
+        # Not what data/own itself resolves to: it could be a link, too.
+        if not mine.resolve().is_relative_to(own.parent.resolve() / own.name):
+            what = f"data/own/{mine.relative_to(own)} leads out of data/own, to {mine.resolve()}"
+            raise ConfigError(what, key, "copy it into data/own")
         return mine
     try:
         spec = importlib.util.find_spec(module)
