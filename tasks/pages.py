@@ -156,7 +156,9 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 def markdown_text(text: str) -> str:
     """Text of any origin, such that Markdown shows it as it is, on one line."""
     plain = text.striptags() if isinstance(text, Markup) else text
-    escaped = re.sub(r"([\\`*{}\[\]<>&|~$]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
+    # By number: before these MLflow's pages would show the backslash.
+    numbered = re.sub(r"[&<>$]", lambda found: f"&#{ord(found[0])};", plain)
+    escaped = re.sub(r"([\\`*{}\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", numbered)
     return re.sub(r"\s*\n\s*", " ⏎ ", escaped)
 
 

@@ -87,7 +87,7 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
         'python -m tasks promote 1 --model aligned-policy --reason "..."',
     ):  # fmt: skip
         assert words in card
-    assert "<b>" not in card.replace("\\<b\\>", "")
+    assert "<b>" not in card
     assert len(card) <= model_card.LIMIT
 
 
