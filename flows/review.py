@@ -143,19 +143,19 @@ def _ask(name: str, version: int, workspace: Workspace, hours: float) -> str:
 
 
 def _form(name: str, version: int, workspace: Workspace) -> str:
-    """What stands above the form: verdict, main figures, where to read more."""
+    """What stands above the form: verdict, where to read more, main figures. Prefect cuts it at some 400 pixels."""
     from tasks.tracking import connect, service
 
     client = connect(workspace)
     with service(client):
         tags = client.get_model_version(name, str(version)).tags
     rows = [[label, tags.get(key), tags.get(DIFFERENCE + key)] for key, label in FIGURES.items()]
-    figures = markdown_table(["Figure", "Value", "Difference to the champion"], rows)
+    figures = markdown_table(["Figure", "Value", "To champion"], rows)
     page = f"{mlflow_address(workspace)}/#/models/{name}/versions/{version}"
     return (
-        f"**{name} version {version}**: gate {tags.get(GATE)}. Champion: {tags.get(VERSION)}.\n\n{figures}\n"
-        f"Read before you decide: [its page in MLflow]({page}) (while `make ui` runs) and the report among the "
-        f"[artifacts of the run]({url_for('flow-run', runtime.flow_run.root_flow_run_id)}).\n"
+        f"**{name} version {version}**: gate {tags.get(GATE)}. Champion compared with: {tags.get(VERSION)}.\n\n"
+        f"Read first: [its page in MLflow]({page}) (`make ui`), the report among the "
+        f"[artifacts]({url_for('flow-run', runtime.flow_run.root_flow_run_id)}).\n\n{figures}"
     )
 
 
