@@ -36,6 +36,9 @@ class RewardModelParams(Section):
     top_layers: Count = 6
     """Layers of the reward model's own, above the policy's frozen trunk; as many as `ppo.model.top_layers` share its
     pass."""
+    reply_tokens: Count | None = None
+    """Both models read only the first so many tokens of a reply, in training and when measured: as many as PPO samples
+    (`ppo.sampling.max_new_tokens`) make what they learn from like what they will score. Empty: whole replies."""
     reward: PreferenceTraining = PreferenceTraining()
     """The model that PPO maximises, on the policy's own trunk."""
     judge: PreferenceTraining = PreferenceTraining()

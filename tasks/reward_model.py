@@ -16,6 +16,7 @@ from ppo_core.seeds import derive
 from tasks.errors import ConfigError, TrainingHealthError
 from tasks.models import preference_models as models
 from tasks.models.preference_models import label
+from tasks.models.training_texts import beginnings
 from tasks.params import Params, PreferenceTraining
 from tasks.reports.reward_model import write_report
 from tasks.stages import StageResult
@@ -34,6 +35,8 @@ def run(params: Params, workspace: Workspace) -> StageResult:
     A ready-made reward model is only measured, and its scale fixed.
     """
     pairs = pd.read_parquet(workspace.pairs)
+    if params.reward_model.reply_tokens:
+        pairs = beginnings(pairs, params.reward_model.reply_tokens, models.load_tokenizer(workspace.base_model))
     ready_made = models.is_ready_made(workspace)
     fit_or_measure = _measure_ready_made if ready_made else _train_reward_model
     # A name of its own for each only where there are several: else what was one stays as it was.

@@ -1,4 +1,4 @@
-"""The texts that PPO trains on: which they are, how they end, and that they fit."""
+"""The texts that models are trained on: which they are, how they end, where they are cut, and that they fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from tasks.errors import ConfigError
-from tasks.models.training_texts import preferred_texts, training_prompts
+from tasks.models.training_texts import beginnings, preferred_texts, training_prompts
 from tasks.params import Params, check_params
 from tasks.workspace import Workspace
 
@@ -75,3 +75,27 @@ def test_prompts_are_those_of_their_split_and_must_leave_room(workspace: Workspa
     assert len(training_prompts(params(), workspace, tokenizer, None)) == 2
     with pytest.raises(ConfigError, match="up to 64 tokens and responses of 6 exceed the model's context of 69"):
         training_prompts(params(), workspace, tokenizer, 69)
+
+
+def test_replies_cut_to_their_beginnings_keep_prompts_and_lose_pairs_that_then_are_the_same(tokenizer: Any) -> None:
+    long = "one two three four five six seven eight nine ten"
+    ids = tokenizer(long, add_special_tokens=False)["input_ids"]
+    most = len(ids) // 2
+    pairs = pd.DataFrame(
+        {
+            "prompt": "why?",
+            "chosen": [long, "short", long + " more"],
+            "rejected": ["no", long, long],
+            "chosen_tokens": [len(ids) + 3, 4, len(ids) + 4],  # with three of the prompt
+            "rejected_tokens": [4, len(ids) + 3, len(ids) + 3],
+        },
+        index=[7, 8, 9],
+    )
+    cut = beginnings(pairs, most, tokenizer)
+    assert list(cut.index) == [7, 8]
+    assert list(cut.chosen) == [tokenizer.decode(ids[:most]), "short"]
+    assert list(cut.rejected) == ["no", tokenizer.decode(ids[:most])]
+    assert list(cut.chosen_tokens) == [most + 3, 4]
+    assert list(cut.rejected_tokens) == [4, most + 3]
+    assert list(cut.prompt) == ["why?"] * 2
+    assert next(iter(pairs.chosen)) == long, "and what was given stays as it was"

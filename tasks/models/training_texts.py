@@ -1,4 +1,4 @@
-"""The texts that PPO trains on, as token ids."""
+"""The texts that models are trained on: those of PPO as token ids, the pairs of the reward model and judge cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from ppo_core.tokens import encode_prompt, encode_response
+from ppo_core.tokens import decode, encode_prompt, encode_response
 from tasks.errors import ConfigError
 from tasks.params import Params
 from tasks.workspace import Workspace
@@ -45,3 +45,14 @@ def preferred_texts(params: Params, workspace: Workspace, tokenizer: Any, contex
     if not (texts := [text for text in texts if len(text) > 1]):
         raise ConfigError("needs texts, and the data have none of two tokens", "ppo.loss.ptx_coef", "set it to 0")
     return texts
+
+
+def beginnings(pairs: pd.DataFrame, most: int, tokenizer: Any) -> pd.DataFrame:
+    """The pairs with both texts cut to their first `most` tokens, and without those that are the same then."""
+    cut = pairs.copy()
+    for side in ("chosen", "rejected"):
+        ids = [encode_response(tokenizer, text) for text in pairs[side]]
+        texts = zip(pairs[side], ids, strict=True)
+        cut[side] = [text if len(whole) <= most else decode(tokenizer, whole[:most]) for text, whole in texts]
+        cut[f"{side}_tokens"] -= [max(0, len(whole) - most) for whole in ids]
+    return cut[cut.chosen != cut.rejected]
