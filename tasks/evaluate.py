@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +43,7 @@ from tasks.statistics import (
     wins,
 )
 from tasks.tracking import Tracker, service
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, replacing
 
 MEASURED = ("reward", "judge", "kl", "entropy", "ref_nll")
 
@@ -169,16 +167,8 @@ def _training(workspace: Workspace) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def _write(evaluation: Evaluation, params: Params, workspace: Workspace) -> None:
     """Samples and report, each written beside its place and moved there whole."""
-    folder, table = workspace.report("evaluate"), workspace.samples
-    beside, table_beside = _beside(folder), _beside(table)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write_report(beside, evaluation, params, workspace)
-    evaluation.samples.to_parquet(table_beside, index=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-    table_beside.replace(table)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.writing")
+    table = workspace.samples.with_name(f"{workspace.samples.name}.writing")
+    with replacing(workspace.report("evaluate")) as beside:
+        write_report(beside, evaluation, params, workspace)
+        evaluation.samples.to_parquet(table, index=False)
+    table.replace(workspace.samples)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +32,7 @@ from tasks.seals import seal
 from tasks.stages import StageResult
 from tasks.statistics import compare
 from tasks.tracking import Tracker
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, replacing
 
 log = logging.getLogger(__name__)
 
@@ -192,14 +191,11 @@ class PPORun:
         # Only to be written, not to compute: whatever the device, files are made from the CPU.
         model = load_base(self.workspace, self.params.ppo.model.dtype).cpu()
         install(model, load_file(weights))
-        beside = self.workspace.policy.with_name("policy.writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        with needs_room(beside.parent, size_of(model.state_dict())):
-            model.save_pretrained(beside)
-        load_tokenizer(self.workspace.base_model).save_pretrained(beside)
-        seal(beside)
-        shutil.rmtree(self.workspace.policy, ignore_errors=True)
-        beside.rename(self.workspace.policy)
+        with replacing(self.workspace.policy) as beside:
+            with needs_room(beside, size_of(model.state_dict())):
+                model.save_pretrained(beside)
+            load_tokenizer(self.workspace.base_model).save_pretrained(beside)
+            seal(beside)
 
     def _write_curves(self, records: list[Record]) -> None:
         rows = pd.DataFrame(records)

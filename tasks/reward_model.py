@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from tasks.params import Params, PreferenceTraining
 from tasks.reports.reward_model import write_report
 from tasks.stages import StageResult
 from tasks.statistics import accuracy_interval, by_margin, expected_calibration_error, rater_ceiling
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, replacing
 
 Encode = Callable[[str, str, str], list[int]]
 """Prompt, format and response to token ids."""
@@ -51,12 +50,9 @@ def run(params: Params, workspace: Workspace) -> StageResult:
         if ready_made
         else {"top_layers": params.reward_model.top_layers}
     )
-    beside = workspace.reward_model.with_name(f"{workspace.reward_model.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    for name, (scorer, _) in found.items():
-        models.save_scorer(scorer, beside / name, {"ready_made": ready_made} | form)
-    shutil.rmtree(workspace.reward_model, ignore_errors=True)
-    beside.rename(workspace.reward_model)
+    with replacing(workspace.reward_model) as beside:
+        for name, (scorer, _) in found.items():
+            models.save_scorer(scorer, beside / name, {"ready_made": ready_made} | form)
     models.save_scorer(judge_model, workspace.judge, {"max_tokens": params.reward_model.judge.max_tokens})
     reached = ", ".join(f"{label(role)} {figures['accuracy']:.3f}" for role, figures in metrics.items())
     return StageResult(

@@ -19,7 +19,7 @@ from ppo_core.rewards import RunningMoments
 from tasks.errors import DataError, IntegrityError
 from tasks.run_folder import COUNTERS, CRITIC, RunFolder
 from tasks.seals import SEAL, seal
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, replacing
 
 SOURCE = "source.json"
 
@@ -40,17 +40,13 @@ class Critic:
 def write_critic(workspace: Workspace, folder: RunFolder, cycle: int) -> None:
     """Put the critic of `cycle` in its place, beside the policy of the same cycle that is in its own already."""
     weights, counters = folder.critic(cycle)
-    beside = workspace.critic.with_name("critic.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    with needs_room(beside, weights.stat().st_size):
-        shutil.copyfile(weights, beside / CRITIC)
-    shutil.copyfile(counters, beside / COUNTERS)
-    source = {"cycle": cycle, "policy": sha256(workspace.policy / SEAL)}
-    (beside / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    seal(beside)
-    shutil.rmtree(workspace.critic, ignore_errors=True)
-    beside.rename(workspace.critic)
+    with replacing(workspace.critic) as beside:
+        with needs_room(beside, weights.stat().st_size):
+            shutil.copyfile(weights, beside / CRITIC)
+        shutil.copyfile(counters, beside / COUNTERS)
+        source = {"cycle": cycle, "policy": sha256(workspace.policy / SEAL)}
+        (beside / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        seal(beside)
 
 
 def load_critic(workspace: Workspace) -> Critic:

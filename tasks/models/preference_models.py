@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ppo_core.preferences import Pairs
 from ppo_core.scorers import EncoderScorer, ReadyScorer, RewardModel, score_texts
 from ppo_core.tokens import encode_conversation, encode_prompt, encode_response
 from tasks.errors import DataError, IntegrityError
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, replacing
 
 WEIGHTS = "model.safetensors"
 
@@ -91,14 +90,10 @@ def new_judge(folder: Path) -> EncoderScorer:
 
 def save_scorer(scorer: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
     """Put weights and what is known of them in the place of `folder`; `facts` gains their digest."""
-    beside = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: t.contiguous().cpu() for name, t in scorer.state_dict().items()}, beside / WEIGHTS)
-    facts = facts | {"sha256": sha256(beside / WEIGHTS)}
-    (beside / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with replacing(folder) as beside:
+        save_file({name: t.contiguous().cpu() for name, t in scorer.state_dict().items()}, beside / WEIGHTS)
+        facts = facts | {"sha256": sha256(beside / WEIGHTS)}
+        (beside / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def _load(scorer: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
