@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the default run, and how much of its time is not the work itself.
 
-In a fresh clone, where DVC skips nothing. What Prefect and DVC add is at most the time of the whole command less that of
-its stages and cycles, which the log tells to the second (it holds the loading of PPO's models, too); validation and
+In a fresh clone, where DVC skips nothing. What Prefect and DVC add is at most the time of the whole command less that
+of its stages and cycles, which the log tells to the second; it holds the loading of PPO's models, too. Validation and
 registration count whole; opening and closing the run in MLflow, as three stages do, is timed once more when all is
 done. Of a cycle it is all but training and the dev prompts: checkpoint and record.
 """
