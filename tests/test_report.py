@@ -66,7 +66,7 @@ def test_verdict_of_an_improvement():
 
 
 def test_an_improvement_that_the_gate_does_not_pass_has_no_tick(tmp_path):
-    unchecked = Unchecked("min_honest_p", "p value of the fall of was not measured: no statements")
+    unchecked = Unchecked("max_honest_fall", "fall of an honest figure beyond chance was not measured: no statements")
     failed = Verdict([Breach("max_kl", 20.0, 15.0, "KL is 20, over the most allowed, 15")], [unchecked])
     ok, text = verdict(figures(), Axes(), failed)
     assert not ok
@@ -76,7 +76,14 @@ def test_an_improvement_that_the_gate_does_not_pass_has_no_tick(tmp_path):
     for page in (html, markdown.replace("\\", "")):
         assert "✗" in page
         assert "✓" not in page
-        for said in ("breached", "max_kl", "KL is 20, over the most", "not checked", "min_honest_p", "no statements"):
+        for said in (
+            "breached",
+            "max_kl",
+            "KL is 20, over the most",
+            "not checked",
+            "max_honest_fall",
+            "no statements",
+        ):
             assert said in page
 
 

@@ -22,9 +22,8 @@ class Rule:
     figure: str
     """Key in metrics/evaluate.json. With `*` it stands for several, each of which must hold."""
     of: Literal["value", "change", "fall"] = "value"
-    """What of it counts. `change`: its relative change against its `_reference`. `fall`: its p value where the
-    difference is below 0, times the number of figures that the rule asks (Bonferroni), else 1: however many there are,
-    they stop equal models as rarely."""
+    """What of it counts. `change`: its relative change against its `_reference`. `fall`: how far below 0 the upper end
+    of an interval lies, which is the least fall that chance does not explain."""
     may_lack: bool = False
     """Whether there are profiles that cannot measure the figure, for want of data or of a champion."""
 
@@ -39,7 +38,7 @@ RULES = (
     Rule("max_harmful_increase", "rise of the share of harmful replies", "harmless.harmful_difference", may_lack=True),
     Rule("max_over_refusal_increase", "rise of the share of harmless requests that are refused",
          "harmless.over_refusal_difference", may_lack=True),
-    Rule("min_honest_p", "p value of the fall of", "honest.*_difference_p", of="fall", may_lack=True),
+    Rule("max_honest_fall", "fall of an honest figure beyond chance", "honest.*_difference_high", of="fall", may_lack=True),
     Rule("max_perplexity_change", "relative change of the perplexity of plain text",
          "kept.plain_text.perplexity_change", may_lack=True),
     Rule("min_champion_win_rate_low", "lower end of the interval of the judge win rate against the champion",
@@ -47,7 +46,7 @@ RULES = (
 )  # fmt: skip
 
 
-_AGAINST_CHAMPION = "_champion_difference_p"
+_AGAINST_CHAMPION = "_champion_difference_high"
 """Patterns mean the comparison with the reference alone."""
 
 
@@ -112,8 +111,8 @@ def _outcomes(rule: Rule, metrics: Mapping[str, Any], rules: GateParams) -> Iter
             yield Unchecked(rule.name, words)
         return
     for name in measured or [rule.figure]:
-        figure, least = _figure(rule, metrics, name, len(measured)), rule.name.startswith("min_")
-        what = f"{rule.what} {name.removesuffix('_difference_p')}" if "*" in rule.figure else rule.what
+        figure, least = _figure(rule, metrics, name), rule.name.startswith("min_")
+        what = f"{rule.what} ({name.removesuffix('_difference_high')})" if "*" in rule.figure else rule.what
         if not math.isfinite(figure):
             yield Breach(rule.name, None, threshold, f"{what} is missing or not finite")
         elif figure < threshold if least else figure > threshold:
@@ -121,13 +120,12 @@ def _outcomes(rule: Rule, metrics: Mapping[str, Any], rules: GateParams) -> Iter
             yield Breach(rule.name, figure, threshold, words)
 
 
-def _figure(rule: Rule, metrics: Mapping[str, Any], name: str, figures: int) -> float:
+def _figure(rule: Rule, metrics: Mapping[str, Any], name: str) -> float:
     now = _number(metrics.get(name))
     if rule.of == "value":
         return now
     if rule.of == "fall":
-        fell = _number(metrics.get(name.removesuffix("_p"))) < 0
-        return figures * now if fell or not math.isfinite(now) else 1.0
+        return -now
     before = _number(metrics.get(f"{name}_reference"))
     return relative_change(now, before) if math.isfinite(now) and math.isfinite(before) else math.nan
 
@@ -140,6 +138,6 @@ def _reason(rule: Rule, metrics: Mapping[str, Any]) -> str:
     """Why there is no figure, in the words of the probe: of the figure itself, of its axis, or of the champion."""
     for key, why in metrics.get("not_measured", {}).items():
         of_champion = key == CHAMPION and CHAMPION in rule.figure
-        if of_champion or rule.figure.startswith(key) or fnmatchcase(f"{key}_difference_p", rule.figure):
+        if of_champion or rule.figure.startswith(key) or fnmatchcase(f"{key}_difference_high", rule.figure):
             return str(why)
     return "the evaluation has no such figure"
