@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ppo_core.decoder import Stack
 
+BUCKET = 32
+"""Texts read at once."""
+
 
 class Scale(nn.Module):
     """Mean and standard deviation that raw scores are measured in: those of human text."""
@@ -156,15 +159,15 @@ class ReadyScorer(nn.Module):
         return torch.cat(logits).squeeze(-1).float()
 
 
-def raw_scores(scorer: Scorer, texts: Sequence[Sequence[int]], bucket: int = 16) -> Tensor:
+def raw_scores(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Tensor:
     """Raw scores [N]."""
-    return in_buckets(scorer.raw, texts, bucket)
+    return in_buckets(scorer.raw, texts)
 
 
-def in_buckets(read: Callable[[list[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]], bucket: int) -> Tensor:
+def in_buckets(read: Callable[[list[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]]) -> Tensor:
     """What `read` says of each text [N, ..], asked in buckets of similar length so that little is padded."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    buckets = [order[start : start + bucket] for start in range(0, len(order), bucket)]
+    buckets = [order[start : start + BUCKET] for start in range(0, len(order), BUCKET)]
     found = torch.cat([read([texts[i] for i in rows]) for rows in buckets])
     return found[torch.tensor(order, device=found.device).argsort()]
 
@@ -172,4 +175,4 @@ def in_buckets(read: Callable[[list[Sequence[int]]], Tensor], texts: Sequence[Se
 @torch.no_grad()
 def score_texts(scorer: Scorer, texts: Sequence[Sequence[int]]) -> Tensor:
     """Normalised scores [N] of tokenised texts, in standard deviations of human-written text."""
-    return scorer.head.normalise(raw_scores(scorer, texts, bucket=32))
+    return scorer.head.normalise(raw_scores(scorer, texts))

@@ -22,7 +22,7 @@ from tasks.strict_yaml import parse_yaml
 class PreferenceTraining(Section):
     """Training of one model of preferences."""
 
-    steps: Count = 100
+    steps: Count = 80
     """Optimiser steps."""
     batch_pairs: Count = 64
     """Pairs a step; texts that several pairs share are read once."""

@@ -67,7 +67,7 @@ class Encoder:
     @torch.no_grad()
     def _embed(self, texts: Sequence[str], most: int) -> np.ndarray:
         different = list(dict.fromkeys(texts))
-        rows = in_buckets(self._model.embed, [self._tokens(text, most) for text in different], bucket=32).cpu().numpy()
+        rows = in_buckets(self._model.embed, [self._tokens(text, most) for text in different]).cpu().numpy()
         places = {text: i for i, text in enumerate(different)}
         embeddings: np.ndarray = rows[[places[text] for text in texts]]
         return embeddings
