@@ -1,9 +1,9 @@
 """`python -m benchmarks.overhead`: the default run, and how much of its time is not the work itself.
 
-In a fresh clone, where DVC skips nothing. What Prefect and DVC add is at most the time of the whole command less that
-of its stages and cycles, which the log tells to the second; it holds the loading of PPO's models, too. Validation and
-registration count whole; opening and closing the run in MLflow, as three stages do, is timed once more when all is
-done. Of a cycle it is all but training and the dev prompts: checkpoint and record.
+X
+its stages, the loading of PPO's models and its cycles, which the log tells to the second. Validation and registration
+count whole; opening and closing the run in MLflow, as three stages do, is timed once more when all is done. Of a cycle
+it is all but training and the dev prompts: checkpoint and record.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("ingest", "validate", "reward_model", "evaluate", "register")
-"""Beside ppo, of which the log tells the cycles."""
+"""Beside ppo, of which the log tells the beginning and the cycles."""
 CYCLE = r"\bcycle \d+: judge .* \((\d+) s\)$"
+LOADING = r"by the reference \((\d+) s\)$"
 WITH_A_RUN = 3
 """Stages that open the run in MLflow."""
 
@@ -29,10 +30,11 @@ def main() -> None:
     everything = time.monotonic() - started
     seconds = {stage: _stage_seconds(log, stage) for stage in STAGES}
     cycles = [int(whole) for whole in re.findall(CYCLE, log, flags=re.MULTILINE)]
-    hand_over = everything - sum(seconds.values()) - sum(cycles)
+    (loading,) = re.findall(LOADING, log, flags=re.MULTILINE)
+    hand_over = everything - sum(seconds.values()) - int(loading) - sum(cycles)
     mlflow = WITH_A_RUN * _open_and_close_seconds()
     found = {
-        "seconds": {"all": everything, "cycles": cycles, **seconds},
+        "seconds": {"all": everything, "loading": int(loading), "cycles": cycles, **seconds},
         "prefect_and_dvc_s": hand_over,
         "mlflow_open_and_close_s": mlflow,
         "validate_s": seconds["validate"],

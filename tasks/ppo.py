@@ -161,7 +161,7 @@ class PPORun:
     def _ready(self) -> Trainer:
         """The trainer, loaded when first needed and brought to the last finished cycle."""
         if self._trainer is None:
-            params, workspace = self.params, self.workspace
+            started, params, workspace = time.perf_counter(), self.params, self.workspace
             base, tokenizer = load_base(workspace, params.ppo.model.dtype), load_tokenizer(workspace.base_model)
             context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
             prompts, ptx = (f(params, workspace, tokenizer, context) for f in (training_prompts, preferred_texts))
@@ -184,6 +184,7 @@ class PPORun:
             if self.records:
                 trainer.load_state(*self.folder.state(len(self.records)))
             self._trainer = trainer
+            log.info("models loaded, dev prompts answered by the reference (%.0f s)", time.perf_counter() - started)
         return self._trainer
 
     def _write_policy(self, weights: Path) -> None:
