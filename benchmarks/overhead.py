@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the default run, and how much of its time is not the work itself.
 
-X
-its stages, the loading of PPO's models and its cycles, which the log tells to the second. Validation and registration
+In a fresh clone, where DVC skips nothing. What Prefect and DVC add is the time of the whole command less that of its
+stages, the loading of PPO's models and its cycles, which the log tells to the second. Validation and registration
 count whole; opening and closing the run in MLflow, as three stages do, is timed once more when all is done. Of a cycle
 it is all but training and the dev prompts: checkpoint and record.
 """
