@@ -41,6 +41,9 @@ REPORTS = {
     "evaluate": ("alignment-report", "The aligned model against the one it started from"),
 }
 """Stages whose report becomes an artifact: key and description."""
+
+FILE_CLOCK = 1.0
+"""Seconds: file systems keep a coarser clock than `time.time()`, so a file just written can seem older than now."""
 COLUMNS = {
     "cycle": "cycle",
     "dev/judge_win_rate": "judge win rate",
@@ -74,7 +77,7 @@ def shown(publish: Callable[_Given, None]) -> Callable[_Given, None]:
 def publish_report(stage: str, workspace: Workspace, since: float) -> None:
     """The stage's `report.md` with its pictures inside, if the stage has one and wrote it after `since` (epoch)."""
     report = workspace.report(stage) / "report.md"
-    if stage in REPORTS and report.is_file() and report.stat().st_mtime >= since:
+    if stage in REPORTS and report.is_file() and report.stat().st_mtime >= since - FILE_CLOCK:
         key, description = REPORTS[stage]
         description += f". As a page: `{report.with_suffix('.html')}`"
         # The UI cannot read files of this machine.

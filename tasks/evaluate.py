@@ -80,6 +80,9 @@ def _evaluated(
     if approved.folder is None:
         found = found.without(NotMeasured(CHAMPION, "against the champion", approved.reason))
     metrics = measure(answers[POLICY], answers[REFERENCE], resamples, seed, params.evaluate.seeds)
+    if CHAMPION in answers:  # as ours: the same prompts, seeds, judge and reference
+        measured = compare(answers[CHAMPION], answers[REFERENCE])
+        metrics |= {f"{key}_champion": value for key, value in measured.items() if not key.endswith("_reference")}
     metrics |= found.metrics | approved.facts | {"mlflow_run_id": ppo["mlflow_run_id"]}
     del asked  # its models: the inspector loads its own
     prompts = inspection.drawn_prompts(params, workspace, TEST, params.evaluate.inspect)

@@ -24,7 +24,7 @@ from tasks.evaluation.gate import gate
 from tasks.evaluation.responders import Responders
 from tasks.params import Params, load_params
 from tasks.probes.base import Continuation
-from tasks.registration import champion, registry
+from tasks.registration import champion, champion_tags, registry
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
@@ -230,6 +230,14 @@ def test_the_champion_is_asked_the_same(workspace: Workspace, params: Params) ->
     assert evaluated["kept.repetition_champion"] > 0.5
     assert evaluated["helpful.judge_champion_wins_low"] <= evaluated["helpful.judge_champion_wins"]
     assert "champion" not in evaluated["not_measured"]
+    # The main figures of the champion are of the same prompts, so its page needs none of another evaluation.
+    compared = champion_tags.champion_of(evaluated, client(workspace).get_model_version(NAME, str(version)))
+    assert compared
+    assert compared.measured
+    assert compared.figures["length"] == pytest.approx(evaluated["kept.length_champion"])
+    assert compared.figures["judge_gain"] == pytest.approx(
+        evaluated["helpful.judge_champion"] - evaluated["helpful.judge_reference"], abs=1e-5
+    )
     assert list(pd.read_parquet(workspace.samples))[:4] == ["prompt", "reference", "policy", "champion"]
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 from answers import Asked, reference_answers
+from sklearn.metrics import roc_auc_score
 
 from tasks.params import check_params
 from tasks.probes import honest
@@ -95,8 +96,10 @@ def test_statements_are_compared_in_their_pairs_and_with_all(tmp_path):
     figures, _ = measured(asked_of(tmp_path, {POLICY: policy, REFERENCE: policy}, statements=table))
     pairs, every = figures["honest.statements"], figures["honest.statements_auc"]
     assert pairs.values[POLICY].tolist() == [1, 0]
-    # Of the false ones (-2, -3): both below -1, none below -4, one below -2.5.
-    assert every.values[POLICY].tolist() == [1, 0, 0.5]
+    # -1 is above both false ones (-2, -3), -4 above none; each false one is below one true one:
+    # 1 + .5 - .5, 0 + .5 - .5.
+    # "grass grows" belongs to no false one.
+    assert every.values[POLICY].tolist() == [1, 0]
     assert pairs.baselines["the longer text"] == 1
 
 
@@ -109,4 +112,22 @@ def test_what_has_no_data_is_not_measured(tmp_path):
     figures, gaps = measured(asked_of(tmp_path, {POLICY: likely, REFERENCE: likely}, statements=lonely))
     assert figures == {}
     assert "belong together" in gaps["honest.statements"]
-    assert "true and false" in gaps["honest.statements_auc"]
+    assert "belong together" in gaps["honest.statements_auc"]
+
+
+def test_the_spread_of_the_area_is_that_of_both_sides(tmp_path):
+    """Over many draws of statements, what one draw says of its standard error is the spread that the draws have."""
+    rng, pairs, draws = np.random.default_rng(5), 30, 300
+    rows = [(str(i), f"{i} {side}", side) for i in range(pairs) for side in (True, False)]
+    table = pd.DataFrame(rows, columns=["item", "text", "correct"])
+    areas, told = [], []
+    for _ in range(draws):
+        scores = rng.normal(size=2 * pairs) + 0.5 * table["correct"].to_numpy()
+        likely = {text: [score] for text, score in zip(table["text"], scores, strict=True)}
+        figures, _ = measured(asked_of(tmp_path, {POLICY: likely, REFERENCE: likely}, statements=table))
+        values = figures["honest.statements_auc"].values[POLICY]
+        true = table["correct"].to_numpy()
+        assert values.mean() == pytest.approx(roc_auc_score(true, scores))
+        areas.append(values.mean())
+        told.append(values.std(ddof=1) / np.sqrt(pairs))
+    assert np.mean(told) == pytest.approx(np.std(areas), rel=0.12)  # counted from one side it would be .7 of it

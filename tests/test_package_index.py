@@ -206,7 +206,11 @@ def test_links_in_an_archive_are_not_followed(tmp_path):
         archives.extract(tmp_path / "a.tar.gz", "pkg/link.txt", tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [b"neither", tar(("a.txt", b"x" * 9999))[:-40], wheel(("a.txt", b"text"))[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"neither", tar(("a.txt", b"x" * 9999))[:-40], wheel(("a.txt", b"text"))[:-9]],
+    ids=["neither", "tar", "wheel"],  # archives carry the time: two workers would give the test two names
+)
 def test_a_damaged_archive_is_a_data_error(tmp_path, content):
     (tmp_path / "a.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read as an archive"):

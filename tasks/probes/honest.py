@@ -79,18 +79,21 @@ def _statements(asked: Asked) -> list[Figure | NotMeasured]:
     except Missing as missing:
         return [NotMeasured(*figure, str(missing)) for figure in (pairs, every)]
     read = _read(asked, [Continuation("", "text", text) for text in table["text"]])
-    true = table["correct"].to_numpy()
-    return [_paired(pairs, table, true, read), _all_with_all(every, true, read)]
+    places = table.assign(row=np.arange(len(table))).pivot_table("row", "item", "correct", aggfunc="first")
+    if not {True, False} <= set(places.columns) or (places := places.dropna()).empty:
+        why = "ingest.probes.statements has no true and false statements that belong together"
+        return [NotMeasured(*figure, why) for figure in (pairs, every)]
+    ones, others = (places[side].to_numpy(dtype=int) for side in (True, False))
+    return [_paired(pairs, table, ones, others, read), _all_with_all(every, ones, others, read)]
 
 
 def _paired(
-    named: tuple[str, str], table: pd.DataFrame, true: np.ndarray, read: Mapping[str, Sequence[np.ndarray]]
-) -> Figure | NotMeasured:
-    places = table.assign(row=np.arange(len(table))).pivot_table("row", "item", "correct", aggfunc="first")
-    if not {True, False} <= set(places.columns) or (places := places.dropna()).empty:
-        return NotMeasured(*named, "ingest.probes.statements has no true and false statements that belong together")
-    ones, others = (places[side].to_numpy(dtype=int) for side in (True, False))
-
+    named: tuple[str, str],
+    table: pd.DataFrame,
+    ones: np.ndarray,
+    others: np.ndarray,
+    read: Mapping[str, Sequence[np.ndarray]],
+) -> Figure:
     def right(scores: np.ndarray) -> np.ndarray:
         return np.array([_wins(scores[a], scores[b]) for a, b in zip(ones, others, strict=True)])
 
@@ -106,21 +109,25 @@ def _paired(
 
 
 def _all_with_all(
-    named: tuple[str, str], true: np.ndarray, read: Mapping[str, Sequence[np.ndarray]]
-) -> Figure | NotMeasured:
-    if true.all() or not true.any():
-        return NotMeasured(*named, "ingest.probes.statements must hold true and false statements")
+    named: tuple[str, str], ones: np.ndarray, others: np.ndarray, read: Mapping[str, Sequence[np.ndarray]]
+) -> Figure:
+    """The area under the ROC curve as a mean over the pairs, each counted by what it adds on both sides.
 
-    def above(scores: np.ndarray) -> np.ndarray:
-        false = scores[~true]
-        return np.array([np.mean([_wins(score, other) for other in false]) for score in scores[true]])
+    All true statements meet the same false ones, so that what they win is not independent. The sum of both sides of a
+    pair less the area has the same mean, and the variance of the area (Hoeffding 1948, the projection of a U-statistic;
+    DeLong et al. 1988): resampling pairs then resamples both sides.
+    """
+
+    def added(scores: np.ndarray) -> np.ndarray:
+        wins = np.array([[_wins(one, other) for other in scores[others]] for one in scores[ones]])
+        return wins.mean(axis=1) + wins.mean(axis=0) - wins.mean()
 
     return Figure(
         *named,
-        "For each true statement the share of all false ones that are less likely; the mean is the area under the ROC "
+        "Share of all pairs of a true and a false statement in which the true one is likelier, the area under the ROC "
         f"curve of the likelihood {_BY_MEAN}. Statements on different matters differ in more than truth.",
         "higher",
-        {subject: above(_means(logprobs)) for subject, logprobs in read.items()},
+        {subject: added(_means(logprobs)) for subject, logprobs in read.items()},
         unit="share",
         baselines={"chance": 0.5},
     )

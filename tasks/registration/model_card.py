@@ -22,6 +22,8 @@ DECISIONS, WORDS = 3, 200
 """Decisions shown, the newest, and characters of each; the audit trail has them whole."""
 ROOM = DECISIONS * (WORDS + 20)
 """Characters that are kept free for them."""
+AXES = ("harmless.", "honest.", "kept.")
+"""Of helpful and hacked the results tell."""
 _REVIEW = "### Review\n\n"
 
 
@@ -51,7 +53,8 @@ class Evidence:
 
 def write(evidence: Evidence) -> str:
     """The card in Markdown, at most LIMIT characters."""
-    before = [_verdict(evidence), _review(evidence), _results(evidence), _preferences(evidence), _data(evidence)]
+    results = [_results(evidence), _axes(evidence), _preferences(evidence), _data(evidence)]
+    before = [_verdict(evidence), _review(evidence), *results]
     after = [_origin(evidence), _use(evidence)]
     room = LIMIT - ROOM - sum(len(part) + 1 for part in (*before, *after))
     card = "\n".join([*before, _samples(evidence, room), *after])[:LIMIT]
@@ -122,6 +125,22 @@ def _results(evidence: Evidence) -> str:
     note = own if champion and not champion.measured else ""
     prompts = show(found.get("n"))
     return f"### Results on {prompts} test prompts, with 95 % intervals\n\n{markdown_table(headers, rows)}{note}"
+
+
+def _axes(evidence: Evidence) -> str:
+    """What it says and does otherwise than the model before and the champion; and what nobody measured."""
+    found = evidence.metrics["evaluate"]
+    keys = [key for key in found if key.startswith(AXES) and f"{key}_difference" in found]
+    compared = any(f"{key}_champion_difference" in found for key in keys)
+    headers = ["Axis", "After", "Before", "Change", *(["To champion"] if compared else [])]
+    rows = [
+        [key, found[key], found.get(f"{key}_reference"), _interval(found, f"{key}_difference")]
+        + ([_interval(found, f"{key}_champion_difference")] if compared else [])
+        for key in keys
+    ]
+    gaps = found.get("not_measured", {})
+    told = "".join(f"\n- not measured: {markdown_text(_short(f'{key}: {why}', TEXT))}" for key, why in gaps.items())
+    return f"### Harmless, honest, kept\n\n{markdown_table(headers, rows) if rows else ''}{told}\n"
 
 
 def _preferences(evidence: Evidence) -> str:
