@@ -91,6 +91,16 @@ def test_the_card_tells_what_to_decide_from(evaluated: Workspace) -> None:
     assert len(card) <= model_card.LIMIT
 
 
+def test_the_card_shows_each_axis_and_what_nobody_measured(evaluated: Workspace) -> None:
+    key = "harmless.harmful"
+    change = {f"{key}_difference": -0.05, f"{key}_difference_low": -0.09, f"{key}_difference_high": -0.02}
+    write(evaluated, "evaluate", GOOD | {key: 0.2, f"{key}_reference": 0.25} | change)
+    register.run(params(), evaluated)
+    card = client(evaluated).get_model_version(NAME, "1").description
+    assert f"| {key} | 0.200 | 0.250 | {spread(-0.05, -0.09, -0.02)} |" in card
+    assert "- not measured: champion: no version has the alias champion" in card
+
+
 def test_a_failed_gate_is_recorded_without_an_alias(evaluated: Workspace) -> None:
     register.run(params(), evaluated)
     write(evaluated, "evaluate", GOOD | {"judge_share": 0.2, "kl": 20.0})
