@@ -52,7 +52,7 @@ class TargetParams(Section):
     """When training has reached what it is for, on the dev prompts."""
 
     metric: Literal["judge_win_rate", "judge_gain", "reward_gain"] = "judge_win_rate"
-    threshold: float = 0.82
+    threshold: float = 0.78
     patience: Count = 1
     """For how many cycles in a row."""
 
