@@ -158,7 +158,7 @@ def _table(report: Found) -> str:
 def _picture(report: Found) -> Figure:
     """Seconds of an iteration by phase, one bar a contestant."""
     works = report["iteration"]
-    figure = Figure(figsize=(8, 1.4 + 1.3 * len(works)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 1.3 * len(works)), layout="constrained")
     all_axes = figure.subplots(len(works), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (work, compared) in zip(all_axes, works.items(), strict=True):
         for i, (name, figures) in enumerate(compared.items()):
@@ -167,7 +167,7 @@ def _picture(report: Found) -> Figure:
                 wide = figures["seconds"][phase]
                 axes.barh(i, wide, left=left, color=colour, label=phase if i == 0 else None)
                 left += wide
-            note = f" {left:.1f} s" + (
+            note = f" {figures['seconds']['iteration']:.1f} s" + (
                 "" if name == "TRL" else f", {figures['times_faster']:.1f} times as fast a token"
             )
             axes.text(left, i, note, va="center")
@@ -176,7 +176,8 @@ def _picture(report: Found) -> Figure:
         axes.set_title(f"{work} lengths", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.35)
-    all_axes[0].legend(frameon=False, ncols=3, loc="upper right")
+    handles, phases = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, phases, frameon=False, ncols=3, loc="outside upper right")
     all_axes[-1].set_xlabel("seconds an iteration: 32 prompts, 32 tokens of response at most, 2 epochs")
     return figure
 
