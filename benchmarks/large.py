@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ppo_core.types import Rollout, pad_prompts
 
 SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 20, "num_attention_heads": 16}
-    | {"num_key_value_heads": 8, "vocab_size": 49_152, "batch": 128, "prompt": 256, "response": 128, "micro_batch": 8},
+    | {"num_key_value_heads": 8, "vocab_size": 49_152, "batch": 128, "prompt": 256, "response": 128, "micro_batch": 32},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 256, "batch": 4, "prompt": 8, "response": 4, "micro_batch": 2},
 }
@@ -72,7 +73,7 @@ def _prompts(shape: dict[str, int]) -> list[list[int]]:
 
 
 def _decoding(shape: dict[str, int], pairs: int) -> dict[str, Any]:
-    """Every answer as long as allowed: tokens a second here and there, in turns."""
+    """Every answer as long as allowed: tokens a second here and there, in turns; there as it is, and compiled."""
     model, prompts, length = _model(shape), _prompts(shape), shape["response"]
     sampler, law = Sampler(None, Stack(model.get_decoder())), SamplingLaw(_config(shape).sampling, [2])
     tokens, attention = pad_prompts(prompts, 2, device())
@@ -80,19 +81,24 @@ def _decoding(shape: dict[str, int], pairs: int) -> dict[str, Any]:
     def ours() -> None:
         sample(sampler, model.lm_head, prompts, law, range(len(prompts)), 2)
 
-    def theirs() -> None:
+    def theirs(compiled: bool) -> None:
         model.generate(
             input_ids=tokens, attention_mask=attention.long(), do_sample=True, top_k=0, pad_token_id=2,
             min_new_tokens=length, max_new_tokens=length, eos_token_id=2, cache_implementation="static",
+            disable_compile=not compiled,
         )  # fmt: skip
 
-    _seconds(ours), _seconds(theirs)  # what compiles does so now
-    taken = [(_seconds(ours), _seconds(theirs)) for _ in range(pairs)]
+    ways = {"proximal": ours, "generate": partial(theirs, False), "generate_compiled": partial(theirs, True)}
+    first = {name: _seconds(way) for name, way in ways.items()}
+    _seconds(ways["generate_compiled"])  # whose graphs are recorded at the second call
+    taken = [{name: _seconds(way) for name, way in ways.items()} for _ in range(pairs)]
     n = len(prompts) * length
     return {
-        "proximal_tokens_per_second": [n / one for one, _ in taken],
-        "generate_tokens_per_second": [n / other for _, other in taken],
-        "ratio": statistics.median(other / one for one, other in taken),
+        "first_seconds": first,
+        "tokens_per_second": {name: [n / seconds[name] for seconds in taken] for name in ways},
+        "times_faster_than": {
+            name: statistics.median(seconds[name] / seconds["proximal"] for seconds in taken) for name in list(ways)[1:]
+        },
     }
 
 

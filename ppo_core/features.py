@@ -15,7 +15,7 @@ from ppo_core.law import SamplingLaw
 from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.types import ResponseTokens
 
-CHUNK = 256
+CHUNK, GPU_CHUNK = 256, 2048
 """Tokens whose logits are computed at once: many enough for fast products, few enough that any vocabulary fits."""
 
 
@@ -25,7 +25,7 @@ def above(features: Tensor) -> Iterator[tuple[Tensor, slice]]:
     What the output layer makes of a piece is then gone. What lies below goes backward at the end, once.
     """
     leaf = features.detach().requires_grad_()
-    for rows in chunks(len(features)):
+    for rows in chunks(features):
         yield leaf[rows], rows
     if features.requires_grad:
         features.backward(leaf.grad)
@@ -49,14 +49,15 @@ def logprobs_of_tokens(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law
 
 
 def _chunked(head: LMHead, hidden: Tensor, tokens: ResponseTokens, law: SamplingLaw) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows in chunks(len(tokens)):
+    for rows in chunks(hidden):
         part = tokens.part(rows)
         yield law.restricted(head(hidden[rows]), part), part.ids
 
 
-def chunks(n: int) -> list[slice]:
-    """Slices of `CHUNK` tokens; one, of nothing, if there are none."""
-    return [slice(start, start + CHUNK) for start in range(0, max(n, 1), CHUNK)]
+def chunks(hidden: Tensor) -> list[slice]:
+    """Slices of hidden states [N, D], so many tokens each; one, of nothing, if there are none."""
+    size = GPU_CHUNK if hidden.is_cuda else CHUNK
+    return [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
 
 
 def in_place(found: Tensor, mask: Tensor) -> Tensor:

@@ -1,23 +1,26 @@
 """Decoding for models built like Llama: few, large products a layer, and keys and values written in their place.
 
-Transformers' own layers make some forty calls each for a token; on a CPU those cost more than the arithmetic. Here
-query, key and value are one product, gate and up another, and tokens are written into a cache that has room.
+Transformers' own layers make some forty calls each for a token, which cost more than the arithmetic. Here query, key
+and value are one product, gate and up another, and tokens are written into a cache that has room. On a GPU a token's
+calls are recorded once and then replayed as one (`graphs`).
 Shapes: B batch, P prompt, S tokens so far, D width, H query heads, G key-value heads, d head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
 
+from ppo_core.graphs import Graph
 from ppo_core.packed import Rotation, rotated, rotation_at, run
 
-BLOCK = 32
-"""Tokens by which a cache grows."""
+BLOCK, GPU_BLOCK = 32, 128
+"""Tokens by which a cache grows: on a GPU in longer strides, as each ends a graph."""
 
 
 class LlamaDecoding:
@@ -29,6 +32,9 @@ class LlamaDecoding:
         self.first = decoders[0]
         self.stacks: list[_Stack] = [(decoder, [_Packed(layer) for layer in decoder.layers]) for decoder in decoders]
         self.length = 0
+        self.on_gpu = self.first.embed_tokens.weight.device.type == "cuda"
+        self.graph: Graph | None = None
+        """Of one more token, for the caches as they are now."""
         self.cache: list[Tensor] = []
         """[2, B, G, C, d] for each layer, keys and values; C is S rounded up to a whole number of blocks."""
 
@@ -55,20 +61,32 @@ class LlamaDecoding:
         self.cache.append(cache)
 
     def _go_on(self, tokens: Tensor, attention: Tensor, positions: Tensor, stacks: Sequence[_Stack]) -> list[Tensor]:
-        hidden, outputs, i = self.first.embed_tokens(tokens), list[Tensor](), 0
-        rotation, allowed = rotation_at(self.first, positions, hidden.dtype), self._allowed(attention, hidden.dtype)
+        if self.cache[0].shape[3] < self.length:
+            self.cache, self.graph = [self._with_room(cache) for cache in self.cache], None
+        allowed = self._allowed(attention, self.cache[0].dtype)
+        inputs = (tokens, positions, allowed, torch.tensor([self.length - 1]).to(tokens.device, non_blocking=True))
+        if not self.on_gpu or len(stacks) < len(self.stacks):
+            return self._pass(stacks, *inputs)
+        if self.graph is None:
+            self.graph = Graph(partial(self._pass, stacks), inputs)
+        return self.graph(inputs)
+
+    def _pass(
+        self, stacks: Sequence[_Stack], tokens: Tensor, positions: Tensor, allowed: Tensor, place: Tensor
+    ) -> list[Tensor]:
+        """One token [B, 1] through the stacks; keys and values are written at `place` [1] of the caches."""
+        hidden, outputs, caches = self.first.embed_tokens(tokens), list[Tensor](), iter(self.cache)
+        rotation = rotation_at(self.first, positions, hidden.dtype)
         for decoder, layers in stacks:
             for layer in layers:
-                self.cache[i] = cache = self._with_room(self.cache[i])
-                hidden = layer(hidden, rotation, allowed, cache, self.length - 1)
-                i += 1
+                hidden = layer(hidden, rotation, allowed, next(caches), place)
             hidden = decoder.norm(hidden)
             outputs.append(hidden)
         return outputs
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self.cache = [cache[:, rows] for cache in self.cache]
+        self.cache, self.graph = [cache[:, rows] for cache in self.cache], None
 
     def _with_room(self, cache: Tensor) -> Tensor:
         """A layer's cache with room for `length` tokens.
@@ -82,7 +100,8 @@ class LlamaDecoding:
 
     @property
     def _capacity(self) -> int:
-        return -(-self.length // BLOCK) * BLOCK
+        block = GPU_BLOCK if self.on_gpu else BLOCK
+        return -(-self.length // block) * block
 
     def _allowed(self, attention: Tensor, dtype: torch.dtype) -> Tensor:
         """What the newest token attends to, as numbers [B, 1, 1, C] to be added to scores."""
@@ -101,13 +120,14 @@ class _Packed:
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
         self.scale, self.width = attention.scaling, attention.head_dim
 
-    def __call__(self, x: Tensor, rotation: Rotation, allowed: Tensor, cache: Tensor, place: int) -> Tensor:
-        """[B, 1, D] to [B, 1, D]; the `place` of `cache` [2, B, G, C, d] is filled in."""
+    def __call__(self, x: Tensor, rotation: Rotation, allowed: Tensor, cache: Tensor, place: Tensor) -> Tensor:
+        """[B, 1, D] to [B, 1, D]; the `place` [1] of `cache` [2, B, G, C, d] is filled in."""
         before, after = self.norms
         mixed = linear(_norm(before, x), self.qkv).unflatten(-1, (-1, self.width))  # [B, 1, H + 2 G, d]
         groups = cache.shape[2]
         turned = rotated(mixed[:, :, :-groups], rotation)
-        cache[0, :, :, place], cache[1, :, :, place] = turned[:, 0, -groups:], mixed[:, 0, -groups:]
+        cache[0].index_copy_(2, place, turned[:, :, -groups:].transpose(1, 2))
+        cache[1].index_copy_(2, place, mixed[:, :, -groups:].transpose(1, 2))
         x = x + linear(self._attend(turned[:, :, :-groups], allowed, *cache), self.out)
         gate, up = linear(_norm(after, x), self.gate_up).chunk(2, dim=-1)
         return x + linear(silu(gate).mul_(up), self.down)

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import pad as fill
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines [.., 1, d] of the tokens' positions; of the sines, the first half has its sign turned."""
 _MOVING_ROTATIONS = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies follow the length of the text."""
+_SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Torch before 2.12 need not be told that query heads share keys."""
 
 
 def obstacle_to_packing(decoders: Sequence[Any]) -> str | None:
@@ -108,15 +113,18 @@ class _Layout:
     """[N] places of the tokens among B * T; None where every place has one."""
     rows: Tensor | None
     """[N] places among B * L, where each row begins with its first token; None likewise."""
+    ends: Tensor
+    """[B + 1] int32: 0, and where each row ends among the N."""
 
     @classmethod
     def of(cls, attention: Tensor) -> _Layout:
         places = attention.cumsum(dim=1) - 1
+        ends = fill(attention.sum(dim=1).cumsum(dim=0, dtype=torch.int32), (1, 0))
         if bool(attention.all()):
-            return cls(attention.shape, attention.shape[1], places.flatten(), None, None)
+            return cls(attention.shape, attention.shape[1], places.flatten(), None, None, ends)
         found = attention.flatten().nonzero().squeeze(1)
         positions, longest = places.flatten()[found], int(places.max()) + 1
-        return cls(attention.shape, longest, positions, found, found // attention.shape[1] * longest + positions)
+        return cls(attention.shape, longest, positions, found, found // attention.shape[1] * longest + positions, ends)
 
     def packed(self, x: Tensor) -> Tensor:
         """[B, T, ..] to [N, ..]."""
@@ -137,6 +145,12 @@ class _Layout:
         def laid_out(x: Tensor) -> Tensor:
             return _spread(x, self.rows, shape[0] * shape[1]).unflatten(0, shape).transpose(1, 2)
 
+        if query.is_cuda and query.dtype != torch.float32:
+            ends, longest = self.ends, self.longest
+            read = varlen_attn(
+                query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **_SHARED_KEYS
+            )
+            return read.flatten(1)  # type: ignore[no-any-return, union-attr]
         query, key, value = laid_out(query), laid_out(key), laid_out(value)
         if _on_cpu_in_bfloat16(query):
             read = _attend(query, key, value, scale)
@@ -266,16 +280,22 @@ def _sum_of_products(grads: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Divide x [N, D] by its root mean square (Zhang and Sennrich 2019), and return the factors [N, 1], too."""
+    if x.is_cuda:  # where torch has a kernel for it; on a CPU that takes longer than what follows
+        y, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        return y, scale
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).mul_(weight.float()).to(x.dtype), scale
 
 
 def _of_normalised(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x, in float32, and of the weight.
+    """The gradients of x, in float32 on a CPU, and of the weight.
 
     With n = x s and y = n w: dw = sum dy n, and as s depends on x, dx = s (dy w - n mean(dy w n)).
     """
+    if x.is_cuda:
+        of_x, of_norm = torch.ops.aten._fused_rms_norm_backward(grad, x, weight.shape, scale, weight, (True, True))
+        return of_x, of_norm
     grad, unit = grad.float(), x.float() * scale
     products = grad * unit
     mean = (products @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)

@@ -82,6 +82,8 @@ def _collect(master: Tensor, parameter: Tensor) -> None:
         master.grad = grad.float().to_dense()
     elif grad.is_sparse:
         master.grad += grad.float()
+    elif grad.is_cuda:
+        master.grad += grad  # cast on the way
     else:
         # A piece at a time: a float32 copy of the whole would leave the cache, and take four times as long.
         for total, piece in zip(*(whole.flatten().split(1 << 20) for whole in (master.grad, grad)), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -176,7 +176,7 @@ class Optimiser:
         if reward.kl_in == "loss":
             figures["kl_loss"] = kl_loss(logprobs, old.ref_logprobs, everywhere, reward.kl_estimator, old.denominator)
             total = total + kl_coef * figures["kl_loss"]
-        return total, {name: float(figure.detach()) for name, figure in figures.items()}
+        return total, _read(figures)
 
     def _value_loss(self, hidden: Tensor, old: _Tokens, kl_coef: float, tokens: int) -> _Loss:
         """The critic's part likewise."""
@@ -187,7 +187,7 @@ class Optimiser:
         figures = {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction * len(old) / tokens}
         none = torch.zeros_like(value.loss)
         total = ppo_objective(none, value.loss, none, loss.value_coef, loss.entropy_coef)
-        return total, {name: float(figure.detach()) for name, figure in figures.items()}
+        return total, _read(figures)
 
     def _gather_ptx(self, draw: torch.Generator, where: str) -> float:
         """Add the gradient of c_ptx times the negative log-likelihood of some human-written texts; returns the latter.
@@ -224,6 +224,11 @@ class Optimiser:
             )
         clip_grads_with_norm_(self.weights.masters, self.config.update.max_grad_norm, total)
         return {"grad_norm": float(total), "policy_grad_norm": float(norms[0]), "critic_grad_norm": float(norms[1])}
+
+
+def _read(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """As numbers, for which a GPU must be waited for: once."""
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
 def _refuse_non_finite(name: str, loss: Tensor, where: str) -> None:

@@ -89,7 +89,7 @@ def test_the_stages_that_compute_run_elsewhere(workspace: Workspace) -> None:
 def test_the_benchmark_for_gpus_runs_elsewhere() -> None:
     with elsewhere():
         found = large.measure(large.SHAPES["tiny"], 1)
-    assert found["decode"]["ratio"] > 0
+    assert found["decode"]["times_faster_than"]["generate"] > 0
     assert found["update"]["operations_per_second"] > 0
 
 
@@ -118,22 +118,6 @@ def test_a_gpu_computes_in_bfloat16_where_it_has_it(
     monkeypatch.setattr("ppo_core.precision.device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert arithmetic.__wrapped__("auto") == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("trainable", "critic"), MODES)
-def test_training_comes_to_the_same_on_a_gpu(
-    policy_folder: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, critic: str
-) -> None:
-    """In float32. Sums in another order move a figure a little; the first iteration's samples must be the same."""
-    settings = config(trainable, critic)
-    there = trainer(policy_folder, settings)
-    assert there.model.device.type == "cuda"
-    found = _steps(there)
-    monkeypatch.setattr("ppo_core.decoder.device", lambda: torch.device("cpu"))
-    here = _steps(trainer(policy_folder, settings))
-    _same(here, found, within=1e-2)
 
 
 def _steps(t: Trainer) -> list[Figures]:

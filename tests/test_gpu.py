@@ -1,0 +1,79 @@
+"""On a real GPU: the same as on the CPU, and the same by the fast ways as by the plain ones. `ppo_core` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import EOS, MODES, PAD, PROMPTS, config, trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ppo_core.config import SamplingConfig
+from ppo_core.decoder import Stack, frozen, load_causal_lm
+from ppo_core.law import SamplingLaw
+from ppo_core.sampling import Decoding, Sampler, sample
+from ppo_core.types import Samples
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("trainable", "critic"), MODES)
+def test_training_comes_to_the_same(
+    policy_folder: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, critic: str
+) -> None:
+    """In float32. Sums in another order move a figure a little; the first iteration's samples must be the same."""
+    settings = config(trainable, critic)
+    there = trainer(policy_folder, settings)
+    assert there.model.device.type == "cuda"
+    found = [there.step() for _ in range(2)]
+    monkeypatch.setattr("ppo_core.decoder.device", lambda: torch.device("cpu"))
+    here = trainer(policy_folder, settings)
+    for expected, step in zip([here.step() for _ in range(2)], found, strict=True):
+        timeless = {name: value for name, value in expected.items() if not name.endswith("_s")}
+        assert {name: step[name] for name in timeless} == pytest.approx(timeless, rel=1e-2, abs=1e-2)
+
+
+def test_a_replayed_graph_samples_what_plain_layers_do(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough that the cache grows and rows leave: each time a graph ends, and the next begins."""
+    model = load_causal_lm(policy_folder, torch.float32)
+    sampler = Sampler(None, Stack(model.get_decoder()))
+    # A token in ten ends a response.
+    stops = SamplingLaw(SamplingConfig(max_new_tokens=150), [EOS, *range(0, 120, 10)])
+
+    def sampled() -> Samples:
+        return sample(sampler, model.lm_head, PROMPTS * 8, stops, range(8 * len(PROMPTS)), PAD)
+
+    replayed = sampled()
+    monkeypatch.setattr(Sampler, "start", lambda self: Decoding(self.decoders))
+    plain = sampled()
+    assert replayed.sequences.mask.sum(dim=1).unique().numel() > 5
+    assert torch.equal(replayed.sequences.tokens, plain.sequences.tokens)
+    torch.testing.assert_close(replayed.logprobs, plain.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_layers_in_bfloat16_are_transformers_own_in_float32(policy_folder: Path) -> None:
+    """Flash attention over texts of unequal length, and torch's kernels for norms: outputs and gradients."""
+    fast = frozen(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.bfloat16)).requires_grad_(True)
+    oracle = frozen(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.bfloat16)).float()
+    oracle.requires_grad_(True)
+    tokens = torch.randint(3, 100, (3, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    attention = torch.ones_like(tokens, dtype=torch.bool)
+    attention[0, :25], attention[1, 30:] = False, False
+    found, expected = Stack(fast.get_decoder())(tokens, attention), Stack(oracle.get_decoder()).plain(tokens, attention)
+    assert _distance(found[attention], expected[attention]) < 0.02
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).cuda()
+    (found.float() * weight)[attention].sum().backward()
+    (expected * weight)[attention].sum().backward()
+    for (name, one), other in zip(fast.named_parameters(), oracle.parameters(), strict=True):
+        if other.grad is not None:
+            assert _distance(one.grad, other.grad) < 0.05, name
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative, of all numbers together: bfloat16 keeps 8 bits."""
+    return float((found.float() - expected).norm() / expected.norm())
