@@ -31,7 +31,7 @@ from ppo_core.types import Rollout, pad_prompts
 
 SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 20, "num_attention_heads": 16}
-    | {"num_key_value_heads": 8, "vocab_size": 49_152, "batch": 128, "prompt": 256, "response": 128, "micro_batch": 32},
+    | {"num_key_value_heads": 8, "vocab_size": 49_152, "batch": 128, "prompt": 256, "response": 128, "micro_batch": 64},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 256, "batch": 4, "prompt": 8, "response": 4, "micro_batch": 2},
 }
