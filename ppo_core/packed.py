@@ -20,6 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 from torch.nn.functional import pad as fill
 
+from ppo_core.attention import causal_attention
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines [.., 1, d] of the tokens' positions; of the sines, the first half has its sign turned."""
 _MOVING_ROTATIONS = ("dynamic", "longrope")
@@ -150,10 +152,10 @@ class _Layout:
             read = varlen_attn(
                 query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **_SHARED_KEYS
             )
-            return read.flatten(1)  # type: ignore[no-any-return, union-attr]
+            return read.flatten(1)  # type: ignore[union-attr]
         query, key, value = laid_out(query), laid_out(key), laid_out(value)
         if _on_cpu_in_bfloat16(query):
-            read = _attend(query, key, value, scale)
+            read = causal_attention(query, key, value, scale)
         else:
             read = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         flat = read.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -167,47 +169,6 @@ def _on_cpu_in_bfloat16(x: Tensor) -> bool:
 def _spread(x: Tensor, places: Tensor | None, room: int) -> Tensor:
     """The rows of x [N, ..] at `places` among `room`, and 0 elsewhere."""
     return x if places is None else x.new_zeros(room, *x.shape[1:]).index_copy(0, places, x)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention in bfloat16 on a CPU, where the backward pass of torch's fused one takes five times as long.
-
-    [B, H, L, d] from queries [B, H, L, d], keys and values [B, G, L, d]. Query heads that share keys are rows of one
-    product.
-    """
-    batch, groups, length, _ = key.shape
-    ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    hidden = torch.zeros(ahead.shape, dtype=query.dtype, device=query.device).masked_fill(ahead, -torch.inf)
-    rows = query.reshape(batch * groups, -1, query.shape[-1])
-    hidden = hidden.repeat(rows.shape[1] // length, 1)
-    read: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        rows, key.flatten(0, 1), value.flatten(0, 1), hidden, scale
-    )
-    return read.view(query.shape)
-
-
-class _Attend(torch.autograd.Function):
-    """softmax(q k^T s + hidden) v, for q [M, R, d], k and v [M, L, d], hidden [R, L]: weights are not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, hidden)
-        ctx.scale = scale
-        return torch.bmm(_attention_weights(q, k, hidden, scale), v)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden = ctx.saved_tensors
-        (grad,) = grads
-        weights = _attention_weights(q, k, hidden, ctx.scale)
-        of_weights = torch.bmm(grad, v.transpose(1, 2))
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, q.dtype).mul_(ctx.scale)
-        of_v = torch.bmm(weights.transpose(1, 2), grad)
-        return torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_v, None, None
-
-
-def _attention_weights(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)
 
 
 class _Project(torch.autograd.Function):
