@@ -16,7 +16,7 @@ from ppo_core.logprobs import logprobs_and_entropy, token_logprobs
 from ppo_core.types import ResponseTokens
 
 CHUNK, GPU_CHUNK = 256, 2048
-"""Tokens whose logits are computed at once: many enough for fast products, few enough that any vocabulary fits."""
+"""Tokens whose logits are computed at once: many enough for fast products, few enough that they fit."""
 
 
 def above(features: Tensor) -> Iterator[tuple[Tensor, slice]]:

@@ -25,8 +25,10 @@ class Graph:
             function(*self.inputs)  # libraries set themselves up on first use, which cannot be recorded
             # Not `torch.cuda.graph`: that empties the allocator's cache each time, and what follows allocates anew.
             self.graph.capture_begin()
-            self.outputs = function(*self.inputs)
-            self.graph.capture_end()
+            try:
+                self.outputs = function(*self.inputs)
+            finally:
+                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:

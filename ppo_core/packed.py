@@ -1,8 +1,8 @@
 """Whole texts through layers built like Llama's: without padding, and with a backward pass that is written out.
 
 Between the matrix products of transformers' layers a CPU spends more time than in them: in casts, in single operations
-of autograd, and on padding. Here the tokens of a batch lie one after another, only attention lays them out in rows, and
-what a layer keeps for its backward pass is little and in the model's dtype.
+of autograd, and on padding. Here the tokens of a batch lie one after another, only attention lays them out in rows (flash
+attention on a GPU not even that), and what a layer keeps for its backward pass is little and in the model's dtype.
 Shapes: B batch, T position, N tokens that stand anywhere, L length of the longest row, D width, I the MLP's width,
 H query heads, G key-value heads, d head width.
 """
@@ -147,7 +147,7 @@ class _Layout:
         def laid_out(x: Tensor) -> Tensor:
             return _spread(x, self.rows, shape[0] * shape[1]).unflatten(0, shape).transpose(1, 2)
 
-        if query.is_cuda and query.dtype != torch.float32:
+        if _flashes(query):
             ends, longest = self.ends, self.longest
             read = varlen_attn(
                 query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **_SHARED_KEYS
@@ -160,6 +160,13 @@ class _Layout:
             read = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         flat = read.transpose(1, 2).flatten(2).flatten(0, 1)
         return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
+def _flashes(query: Tensor) -> bool:
+    """Whether torch's flash attention takes such queries [N, H, d] as they are, of texts one after another."""
+    if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _on_cpu_in_bfloat16(x: Tensor) -> bool:

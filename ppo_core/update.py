@@ -227,7 +227,7 @@ class Optimiser:
 
 
 def _read(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """As numbers, for which a GPU must be waited for: once."""
+    """As numbers, for all of which a GPU is waited for at once."""
     return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
