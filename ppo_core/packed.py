@@ -1,8 +1,8 @@
 """Whole texts through layers built like Llama's: without padding, and with a backward pass that is written out.
 
 Between the matrix products of transformers' layers a CPU spends more time than in them: in casts, in single operations
-of autograd, and on padding. Here the tokens of a batch lie one after another, only attention lays them out in rows (flash
-attention on a GPU not even that), and what a layer keeps for its backward pass is little and in the model's dtype.
+of autograd, and on padding. Here the tokens of a batch lie one after another, only attention lays them out in rows
+(on a GPU not even that), and what a layer keeps for its backward pass is little and in the model's dtype.
 Shapes: B batch, T position, N tokens that stand anywhere, L length of the longest row, D width, I the MLP's width,
 H query heads, G key-value heads, d head width.
 """
