@@ -64,7 +64,7 @@ class LlamaDecoding:
         if self.cache[0].shape[3] < self.length:
             self.cache, self.graph = [self._with_room(cache) for cache in self.cache], None
         allowed = self._allowed(attention, self.cache[0].dtype)
-        inputs = (tokens, positions, allowed, torch.tensor([self.length - 1]).to(tokens.device, non_blocking=True))
+        inputs = (tokens, positions, allowed, torch.full((1,), self.length - 1, device=tokens.device))
         if not self.on_gpu or len(stacks) < len(self.stacks):
             return self._pass(stacks, *inputs)
         if self.graph is None:
@@ -89,14 +89,11 @@ class LlamaDecoding:
         self.cache, self.graph = [cache[:, rows] for cache in self.cache], None
 
     def _with_room(self, cache: Tensor) -> Tensor:
-        """A layer's cache with room for `length` tokens.
+        """A layer's cache, which has none, with room for `length` tokens.
 
         It is read as a whole, which is faster if nothing lies between its rows: so it grows by blocks, and is copied.
         """
-        room = cache.shape[3]
-        if room >= self.length:
-            return cache
-        return pad(cache, (0, 0, 0, self._capacity - room))
+        return pad(cache, (0, 0, 0, self._capacity - cache.shape[3]))
 
     @property
     def _capacity(self) -> int:

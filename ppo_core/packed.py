@@ -143,16 +143,16 @@ class _Layout:
         What follows a row's last token is no token; as none looks ahead, none sees it.
         """
         shape = (self.shape[0], self.longest)
-
-        def laid_out(x: Tensor) -> Tensor:
-            return _spread(x, self.rows, shape[0] * shape[1]).unflatten(0, shape).transpose(1, 2)
-
         if _flashes(query):
             ends, longest = self.ends, self.longest
             read = varlen_attn(
                 query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **_SHARED_KEYS
             )
             return read.flatten(1)  # type: ignore[union-attr]
+
+        def laid_out(x: Tensor) -> Tensor:
+            return _spread(x, self.rows, shape[0] * shape[1]).unflatten(0, shape).transpose(1, 2)
+
         query, key, value = laid_out(query), laid_out(key), laid_out(value)
         if _on_cpu_in_bfloat16(query):
             read = causal_attention(query, key, value, scale)

@@ -223,7 +223,7 @@ class Optimiser:
                 f"the gradient's norm is {float(total)}", f"{where}, {named_responses(index)}", _SLOWER
             )
         clip_grads_with_norm_(self.weights.masters, self.config.update.max_grad_norm, total)
-        return {"grad_norm": float(total), "policy_grad_norm": float(norms[0]), "critic_grad_norm": float(norms[1])}
+        return _read({"grad_norm": total, "policy_grad_norm": norms[0], "critic_grad_norm": norms[1]})
 
 
 def _read(figures: Mapping[str, Tensor]) -> dict[str, float]:

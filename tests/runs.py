@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.functional import pad as fill
 
@@ -21,6 +22,7 @@ from ppo_core.types import Samples, Sequences
 
 EOS = PAD = 2
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61], [1, 70, 71, 72, 73, 74]]
+Figures = dict[str, float]
 MODES = [(trainable, critic) for trainable in ("top_layers", "lora", "full") for critic in ("shared", "separate")]
 
 
@@ -86,3 +88,10 @@ def digest(module: torch.nn.Module) -> str:
     """SHA-256 of all weights and buffers, bit for bit."""
     tensors = [*module.parameters(), *module.buffers()]
     return hashlib.sha256(b"".join(t.detach().float().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def same_figures(here: list[Figures], there: list[Figures], within: float = 1e-4) -> None:
+    """That each step there came to what it came to here, times aside."""
+    for one, other in zip(here, there, strict=True):
+        timeless = {name: value for name, value in one.items() if not name.endswith("_s")}
+        assert {name: other[name] for name in timeless} == pytest.approx(timeless, rel=within, abs=within)

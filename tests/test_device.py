@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere import THERE, Elsewhere, elsewhere
-from runs import EOS, MODES, PAD, PROMPTS, config, length_reward, trainer
+from runs import EOS, MODES, PAD, PROMPTS, Figures, config, length_reward, same_figures, trainer
 from stores import new_store
 from tiny import tiny_judge, tiny_reward
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -31,8 +31,6 @@ from tasks.params import load_params
 from tasks.stages import run_stage
 from tasks.workspace import Workspace
 
-Figures = dict[str, float]
-
 
 @pytest.mark.parametrize(("trainable", "critic"), MODES)
 def test_training_comes_to_the_same_elsewhere(policy_folder: Path, trainable: str, critic: str) -> None:
@@ -41,14 +39,14 @@ def test_training_comes_to_the_same_elsewhere(policy_folder: Path, trainable: st
     with elsewhere():
         there = trainer(policy_folder, settings)
         assert there.model.device == THERE
-        _same(here, _steps(there))
+        same_figures(here, _steps(there))
 
 
 def test_what_is_seldom_asked_for_runs_elsewhere_too(policy_folder: Path) -> None:
     """Kept sets, a minimum length, stop strings, human texts in the loss, a reward made of all kinds of parts."""
     here = _steps(_unusual(policy_folder))
     with elsewhere():
-        _same(here, _steps(_unusual(policy_folder)))
+        same_figures(here, _steps(_unusual(policy_folder)))
 
 
 def test_a_training_is_saved_and_goes_on_elsewhere(policy_folder: Path, tmp_path: Path) -> None:
@@ -63,7 +61,7 @@ def test_a_training_is_saved_and_goes_on_elsewhere(policy_folder: Path, tmp_path
         second.load_state(load_tensors(tmp_path / "state" / "tensors.safetensors"), copy.deepcopy(plain))
         moments = second.optimiser.adam.state_dict()["state"][0]
         assert all(isinstance(moment, Elsewhere) for moment in moments.values())
-        _same([expected], [second.step()])
+        same_figures([expected], [second.step()])
 
 
 @pytest.mark.parametrize("kind", ["reward", "judge", "ready"])
@@ -122,12 +120,6 @@ def test_a_gpu_computes_in_bfloat16_where_it_has_it(
 
 def _steps(t: Trainer) -> list[Figures]:
     return [t.step() for _ in range(2)]
-
-
-def _same(here: list[Figures], there: list[Figures], within: float = 1e-4) -> None:
-    for one, other in zip(here, there, strict=True):
-        timeless = {name: value for name, value in one.items() if not name.endswith("_s")}
-        assert {name: other[name] for name in timeless} == pytest.approx(timeless, rel=within, abs=within)
 
 
 def _unusual(folder: Path) -> Trainer:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import EOS, MODES, PAD, PROMPTS, config, trainer
+from runs import EOS, MODES, PAD, PROMPTS, config, same_figures, trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,9 +33,7 @@ def test_training_comes_to_the_same(
     found = [there.step() for _ in range(2)]
     monkeypatch.setattr("ppo_core.decoder.device", lambda: torch.device("cpu"))
     here = trainer(policy_folder, settings)
-    for expected, step in zip([here.step() for _ in range(2)], found, strict=True):
-        timeless = {name: value for name, value in expected.items() if not name.endswith("_s")}
-        assert {name: step[name] for name in timeless} == pytest.approx(timeless, rel=1e-2, abs=1e-2)
+    same_figures([here.step() for _ in range(2)], found, within=1e-2)
 
 
 def test_what_replayed_graphs_sample_has_the_probabilities_of_a_whole_pass(policy_folder: Path) -> None:
