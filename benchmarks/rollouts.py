@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from benchmarks import limits  # noqa: E402
 from benchmarks.work import RESPONSE, WORKS  # noqa: E402
 from ppo_core.config import SamplingConfig  # noqa: E402
-from ppo_core.decoder import Stack, load_causal_lm  # noqa: E402
+from ppo_core.decoder import LMHead, Stack, load_causal_lm  # noqa: E402
 from ppo_core.device import clock, device  # noqa: E402
 from ppo_core.law import SamplingLaw  # noqa: E402
 from ppo_core.precision import arithmetic  # noqa: E402
@@ -67,7 +67,7 @@ def _ours(model: Any) -> Callable[[int], float]:
 
     def run(size: int) -> float:
         start = clock()
-        samples = sample(sampler, model.lm_head, WORK.prompts(size), law, range(size), 2)
+        samples = sample(sampler, LMHead(model).fixed(), WORK.prompts(size), law, range(size), 2)
         return float(samples.sequences.mask.sum()) / (clock() - start)
 
     return run

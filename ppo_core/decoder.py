@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ppo_core import packed
 from ppo_core.device import device
 from ppo_core.errors import ConfigError, IntegrityError
+from ppo_core.linear import Map, fixed_linear
 from ppo_core.packed import obstacle_to_packing
 
 
@@ -93,7 +94,14 @@ class LMHead(nn.Module):
         self.cap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.linear(hidden)
+        return self._shaped(self.linear(hidden))
+
+    def fixed(self) -> Map:
+        """The same for decoding, with the weights as they are now."""
+        product = fixed_linear(self.linear.weight, self.linear.bias)
+        return lambda hidden: self._shaped(product(hidden))
+
+    def _shaped(self, logits: Tensor) -> Tensor:
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)

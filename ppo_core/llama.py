@@ -3,21 +3,24 @@
 Transformers' own layers make some forty calls each for a token, which cost more than the arithmetic. Here query, key
 and value are one product, gate and up another, and tokens are written into a cache that has room. On a GPU a token's
 calls are recorded once and then replayed as one (`graphs`).
-Shapes: B batch, P prompt, S tokens so far, D width, H query heads, G key-value heads, d head width.
+Shapes: B batch, P prompt, S tokens so far, N tokens that stand anywhere in the prompts or one of each row, D width,
+H query heads, G key-value heads, d head width, C places in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, rms_norm, silu
+from torch.nn.functional import pad, silu
 
 from ppo_core.graphs import Graph
-from ppo_core.packed import Rotation, rotated, rotation_at, run
+from ppo_core.linear import Map, fixed_linear
+from ppo_core.packed import Layout, Rotation, normalised, rotated, rotation_at
 
 BLOCK, GPU_BLOCK = 32, 128
 """Tokens by which a cache grows: on a GPU in longer strides, as each ends a graph."""
@@ -50,15 +53,14 @@ class LlamaDecoding:
         return self._read(tokens, attention, stacks)
 
     def _read(self, tokens: Tensor, attention: Tensor, stacks: Sequence[_Stack]) -> list[Tensor]:
-        outputs = [tokens]
-        for decoder, _ in stacks:
-            outputs.append(run(decoder, outputs[-1], attention, self._keep))
-        return outputs[1:]
+        layout = Layout.of(attention)
 
-    def _keep(self, key: Tensor, value: Tensor) -> None:
-        cache = self._with_room(key.new_zeros(2, len(key), key.shape[2], 0, key.shape[3]))
-        cache[0, :, :, : self.length], cache[1, :, :, : self.length] = key.transpose(1, 2), value.transpose(1, 2)
-        self.cache.append(cache)
+        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            self.cache.append(self._with_room(torch.stack([layout.unpacked(x).transpose(1, 2) for x in (key, value)])))
+            return layout.attend(query, key, value, scale)
+
+        outputs = self._through(stacks, layout.packed(tokens), layout.positions, repeat(attend))
+        return [layout.unpacked(hidden) for hidden in outputs]
 
     def _go_on(self, tokens: Tensor, attention: Tensor, positions: Tensor, stacks: Sequence[_Stack]) -> list[Tensor]:
         if self.cache[0].shape[3] < self.length:
@@ -75,11 +77,19 @@ class LlamaDecoding:
         self, stacks: Sequence[_Stack], tokens: Tensor, positions: Tensor, allowed: Tensor, place: Tensor
     ) -> list[Tensor]:
         """One token [B, 1] through the stacks; keys and values are written at `place` [1] of the caches."""
-        hidden, outputs, caches = self.first.embed_tokens(tokens), list[Tensor](), iter(self.cache)
+        attends = (partial(_attend, allowed, place, cache) for cache in self.cache)
+        outputs = self._through(stacks, tokens.squeeze(1), positions.squeeze(1), attends)
+        return [hidden.unsqueeze(1) for hidden in outputs]
+
+    def _through(
+        self, stacks: Sequence[_Stack], tokens: Tensor, positions: Tensor, attends: Iterator[_Attend]
+    ) -> list[Tensor]:
+        """What each stack makes [N, D] of tokens [N]; each layer has one of `attends`."""
+        hidden, outputs = self.first.embed_tokens(tokens), list[Tensor]()
         rotation = rotation_at(self.first, positions, hidden.dtype)
         for decoder, layers in stacks:
             for layer in layers:
-                hidden = layer(hidden, rotation, allowed, next(caches), place)
+                hidden = layer(hidden, rotation, next(attends))
             hidden = decoder.norm(hidden)
             outputs.append(hidden)
         return outputs
@@ -112,38 +122,51 @@ class _Packed:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _joined(attention.o_proj)
+        self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
+        self.down = _joined(mlp.down_proj)
         self.scale, self.width = attention.scaling, attention.head_dim
+        self.groups = attention.k_proj.out_features // self.width
 
-    def __call__(self, x: Tensor, rotation: Rotation, allowed: Tensor, cache: Tensor, place: Tensor) -> Tensor:
-        """[B, 1, D] to [B, 1, D]; the `place` [1] of `cache` [2, B, G, C, d] is filled in."""
+    def __call__(self, x: Tensor, rotation: Rotation, attend: _Attend) -> Tensor:
+        """[N, D] to [N, D]."""
         before, after = self.norms
-        mixed = linear(_norm(before, x), self.qkv).unflatten(-1, (-1, self.width))  # [B, 1, H + 2 G, d]
-        groups = cache.shape[2]
-        turned = rotated(mixed[:, :, :-groups], rotation)
-        cache[0].index_copy_(2, place, turned[:, :, -groups:].transpose(1, 2))
-        cache[1].index_copy_(2, place, mixed[:, :, -groups:].transpose(1, 2))
-        x = x + linear(self._attend(turned[:, :, :-groups], allowed, *cache), self.out)
-        gate, up = linear(_norm(after, x), self.gate_up).chunk(2, dim=-1)
-        return x + linear(silu(gate).mul_(up), self.down)
+        mixed = self.qkv(_norm(before, x)).unflatten(-1, (-1, self.width))  # [N, H + 2 G, d]
+        turned, value = rotated(mixed[:, : -self.groups], rotation), mixed[:, -self.groups :]
+        x = x + self.out(attend(turned[:, : -self.groups], turned[:, -self.groups :], value, self.scale))
+        gate, up = self.gate_up(_norm(after, x)).chunk(2, dim=-1)
+        return x + self.down(silu(gate).mul_(up))
 
-    def _attend(self, query: Tensor, allowed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[B, 1, H d] from queries [B, 1, H, d], keys and values [B, G, C, d].
 
-        For a single token torch's fused attention takes twice as long as the two products it consists of. Query heads
-        that share keys are rows of one product.
-        """
-        batch, groups = keys.shape[:2]
-        grouped = (query * self.scale).reshape(batch * groups, -1, self.width)
-        scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, groups)).add_(allowed)
-        return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), values.flatten(0, 1)).reshape(batch, 1, -1)
+def _joined(*projections: Any) -> Map:
+    """What several projections make of one input, side by side."""
+    weights = [projection.weight for projection in projections]
+    return fixed_linear(torch.cat(weights) if len(weights) > 1 else weights[0])
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+    return normalised(x, norm.weight, norm.variance_epsilon)[0]
 
 
+def _attend(
+    allowed: Tensor, place: Tensor, cache: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Write keys and values [B, G, d] at `place` [1] of `cache` [2, B, G, C, d]; what queries [B, H, d] read [B, H d].
+
+    For a single token torch's fused attention takes twice as long as the two products it consists of. Query heads that
+    share keys are rows of one product.
+    """
+    cache[0].index_copy_(2, place, key.unsqueeze(2))
+    cache[1].index_copy_(2, place, value.unsqueeze(2))
+    keys, values = cache.flatten(1, 2)
+    grouped = (query * scale).reshape(len(keys), -1, query.shape[-1])
+    scores = torch.bmm(grouped, keys.transpose(1, 2)).unflatten(0, cache.shape[1:3]).add_(allowed)
+    return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), values).reshape(len(query), -1)
+
+
+_Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Queries [N, H, d], keys and values [N, G, d], which it keeps, and the scale of their products, to what is read
+[N, H d]."""
 _Stack = tuple[Any, list[_Packed]]
 """A decoder, and its layers as they decode."""

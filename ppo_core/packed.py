@@ -9,7 +9,7 @@ H query heads, G key-value heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -58,13 +58,12 @@ def _projections(layer: Any) -> list[Any]:
     ]
 
 
-def run(decoder: Any, x: Tensor, attention: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+def run(decoder: Any, x: Tensor, attention: Tensor) -> Tensor:
     """What the decoder makes of token ids [B, T] or hidden states [B, T, D]: [B, T, D], 0 where no token stands.
 
-    `attention` [B, T] is True where one does. For decoders without an `obstacle_to_packing`. `keep` is given the keys
-    and values [B, T, G, d] of each layer in turn.
+    `attention` [B, T] is True where one does. For decoders without an `obstacle_to_packing`.
     """
-    layout = _Layout.of(attention)
+    layout = Layout.of(attention)
     hidden = layout.packed(x)
     if not hidden.is_floating_point():
         embed = decoder.embed_tokens
@@ -78,8 +77,6 @@ def run(decoder: Any, x: Tensor, attention: Tensor, keep: Callable[[Tensor, Tens
         query, key, value = _Project.apply(  # type: ignore[no-untyped-call]
             hidden, norm.weight, *projections, rotation, norm.variance_epsilon
         )
-        if keep is not None:
-            keep(layout.unpacked(key), layout.unpacked(value))
         read = layout.attend(query, key, value, own.scaling)
         norm, weights = layer.post_attention_layernorm, (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
         hidden = _Transform.apply(  # type: ignore[no-untyped-call]
@@ -103,7 +100,7 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where the tokens of a batch stand."""
 
     shape: torch.Size
@@ -119,7 +116,7 @@ class _Layout:
     """[B + 1] int32: 0, and where each row ends among the N."""
 
     @classmethod
-    def of(cls, attention: Tensor) -> _Layout:
+    def of(cls, attention: Tensor) -> Layout:
         places = attention.cumsum(dim=1) - 1
         ends = fill(attention.sum(dim=1).cumsum(dim=0, dtype=torch.int32), (1, 0))
         if bool(attention.all()):
@@ -185,7 +182,7 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, scale = _normalised(x, norm, eps)
+        y, scale = normalised(x, norm, eps)
         cos, sin = rotation
         query, key, value = (linear(y, w).unflatten(-1, (-1, cos.shape[-1])) for w in (q, k, v))
         ctx.save_for_backward(x, scale, y, norm, q, k, v, cos, sin)
@@ -212,7 +209,7 @@ class _Transform(torch.autograd.Function):
         ctx: Any, x: Tensor, read: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
     ) -> Tensor:
         x = x + linear(read, out)
-        y, scale = _normalised(x, norm, eps)
+        y, scale = normalised(x, norm, eps)
         gated, upped = linear(y, gate), linear(y, up)
         opened = silu(gated)
         ctx.save_for_backward(x, read, scale, y, gated, opened, upped, out, norm, gate, up, down)
@@ -246,7 +243,7 @@ def _sum_of_products(grads: list[Tensor], weights: list[Tensor]) -> Tensor:
     return total
 
 
-def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Divide x [N, D] by its root mean square (Zhang and Sennrich 2019), and return the factors [N, 1], too."""
     if x.is_cuda:  # where torch has a kernel for it; on a CPU that takes longer than what follows
         y, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)

@@ -78,7 +78,9 @@ class Trainer:
     def sample(self) -> Samples:
         """Phase 1: the policy answers."""
         seeds = [derive(self.seed, "sample", self.iteration, row) for row in range(self.config.rollout_size)]
-        return sample(self.model.sampler, self.model.policy_head, self.next_prompts(), self.law, seeds, self.pad)
+        return sample(
+            self.model.sampler, self.model.policy_head.fixed(), self.next_prompts(), self.law, seeds, self.pad
+        )
 
     def score(self, samples: Samples) -> Rollout:
         """The reward model scores, the reference compares, the value function predicts."""

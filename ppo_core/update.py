@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -53,7 +54,7 @@ class _Tokens:
         return len(self.tokens)
 
 
-_Loss = tuple[Tensor, dict[str, float]]
+_Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 class Optimiser:
@@ -132,7 +133,7 @@ class Optimiser:
         """The gradient of the rows `index` in the masters, independent of how micro-batches split it; their figures."""
         attention, mask = experience.rollout.sequences.attention[index], experience.rollout.mask[index]
         denominator, tokens = denominators(mask, self.config.loss.aggregation), int(mask.sum().clamp(min=1))
-        stats: dict[str, float] = {}
+        found: list[tuple[str, dict[str, Tensor]]] = []
         # Responses of like length share a micro-batch, so that little is padded.
         for rows in attention.sum(dim=1).argsort(stable=True).split(self.config.update.micro_batch):
             part = experience.rows(index[rows])
@@ -145,13 +146,12 @@ class Optimiser:
                 for hidden, chunk in above(features):
                     for loss_of in losses:
                         loss, figures = loss_of(hidden, known.part(chunk), kl_coef, tokens)
-                        _refuse_non_finite("loss", loss, named)
                         loss.backward()
-                        add_up(stats, figures)
+                        found.append((named, {name: x.detach() for name, x in ({"loss": loss} | figures).items()}))
         if critic_only:  # while the critic warms up, its loss must not move what it shares with the policy
             for master in self._of_policy:
                 master.grad = None
-        return stats
+        return _summed(found)
 
     def _policy_loss(self, hidden: Tensor, old: _Tokens, kl_coef: float, tokens: int) -> _Loss:
         """What some tokens add to the policy's part of their minibatch's loss and to its figures.
@@ -176,7 +176,7 @@ class Optimiser:
         if reward.kl_in == "loss":
             figures["kl_loss"] = kl_loss(logprobs, old.ref_logprobs, everywhere, reward.kl_estimator, old.denominator)
             total = total + kl_coef * figures["kl_loss"]
-        return total, _read(figures)
+        return total, figures
 
     def _value_loss(self, hidden: Tensor, old: _Tokens, kl_coef: float, tokens: int) -> _Loss:
         """The critic's part likewise."""
@@ -187,7 +187,7 @@ class Optimiser:
         figures = {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction * len(old) / tokens}
         none = torch.zeros_like(value.loss)
         total = ppo_objective(none, value.loss, none, loss.value_coef, loss.entropy_coef)
-        return total, _read(figures)
+        return total, figures
 
     def _gather_ptx(self, draw: torch.Generator, where: str) -> float:
         """Add the gradient of c_ptx times the negative log-likelihood of some human-written texts; returns the latter.
@@ -206,15 +206,17 @@ class Optimiser:
             for hidden, chunk in above(features):
                 logits = self.model.policy_head(hidden)  # temperature 1, nothing left out
                 nll = -token_logprobs(logits, written.ids[chunk]).sum() / tokens
-                _refuse_non_finite("language-modelling loss", nll, which)
                 (self.config.loss.ptx_coef * nll).backward()
-                loss += float(nll.detach())
+                value = float(nll.detach())
+                _refuse_non_finite("language-modelling loss", value, which)
+                loss += value
         return loss
 
     def _clip(self, where: str, index: Tensor) -> dict[str, float]:
         """Scale the gradient down to the largest norm allowed; raise TrainingHealthError if it has none."""
         norms = [
-            get_total_norm([m.grad for m in masters if m.grad is not None])
+            # Where none has a gradient (the critic warms up), torch's 0 is on the CPU.
+            get_total_norm([m.grad for m in masters if m.grad is not None]).to(self.model.device)
             for masters in (self._of_policy, self._of_critic)
         ]
         total = torch.stack(norms).norm()
@@ -226,14 +228,24 @@ class Optimiser:
         return _read({"grad_norm": total, "policy_grad_norm": norms[0], "critic_grad_norm": norms[1]})
 
 
+def _summed(found: list[tuple[str, dict[str, Tensor]]]) -> dict[str, float]:
+    """Over all backward passes of a minibatch: read when all are under way, as a GPU is waited for each time."""
+    stats: dict[str, float] = {}
+    for where, figures in found:
+        numbers = _read(figures)
+        _refuse_non_finite("loss", numbers.pop("loss"), where)
+        add_up(stats, numbers)
+    return stats
+
+
 def _read(figures: Mapping[str, Tensor]) -> dict[str, float]:
     """As numbers, for all of which a GPU is waited for at once."""
     return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
-def _refuse_non_finite(name: str, loss: Tensor, where: str) -> None:
-    if not loss.isfinite():
-        raise TrainingHealthError(f"the {name} is {float(loss.detach())}", where, _SLOWER)
+def _refuse_non_finite(name: str, loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise TrainingHealthError(f"the {name} is {loss}", where, _SLOWER)
 
 
 _SLOWER = "lower ppo.update.learning_rate"

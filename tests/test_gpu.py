@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import EOS, MODES, PAD, PROMPTS, config, same_figures, trainer
+from runs import EOS, MODES, PAD, PROMPTS, config, same_figures, trainer, trainer_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,18 +22,26 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("trainable", "critic"), MODES)
+@pytest.mark.parametrize(("trainable", "critic", "warmup"), [*((*mode, 0) for mode in MODES), ("full", "separate", 1)])
 def test_training_comes_to_the_same(
-    policy_folder: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, critic: str
+    policy_folder: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, critic: str, warmup: int
 ) -> None:
     """In float32. Sums in another order move a figure a little; the first iteration's samples must be the same."""
-    settings = config(trainable, critic)
+    settings = config(trainable, critic, critic_warmup=warmup)
     there = trainer(policy_folder, settings)
     assert there.model.device.type == "cuda"
     found = [there.step() for _ in range(2)]
     monkeypatch.setattr("ppo_core.decoder.device", lambda: torch.device("cpu"))
     here = trainer(policy_folder, settings)
     same_figures([here.step() for _ in range(2)], found, within=1e-2)
+
+
+def test_in_bfloat16_the_first_step_finds_the_probabilities_that_were_sampled_with(policy_folder: Path) -> None:
+    settings = config("full", "separate", learning_rate=1e-9, epochs=1, minibatches=1)
+    figures = trainer_of(load_causal_lm(policy_folder, torch.bfloat16), settings).step()
+    assert abs(figures["ratio"] - 1) < 0.02
+    assert figures["approx_kl"] < 1e-3
+    assert 0 < figures["grad_norm"] < float("inf")
 
 
 def test_what_replayed_graphs_sample_has_the_probabilities_of_a_whole_pass(policy_folder: Path) -> None:
