@@ -198,6 +198,8 @@ class HealthConfig(Section):
     """Collapsed length: mean response shorter than this, in tokens, its end included."""
     max_repetition: Fraction = 0.5
     """Repetition: mean share of a response's trigrams that it has said before."""
+    max_sampler_gap: Positive = 0.2
+    """Sampler: the log-probabilities it gave its tokens are this far from the policy's, in nats on average."""
 
 
 class PPOConfig(Section):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_core.kl import kl_estimate
 from ppo_core.masking import counted, masked_mean, masked_var
-from ppo_core.types import Experience
+from ppo_core.types import Experience, Rollout, Samples
 
 SUMS = ("tokens", "empty", "steps")
 OF_RESPONSES = ("score", "kl", "kl_k3", "length", "ended_rate", "repetition", "kl_coef")
@@ -55,6 +55,14 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     }
     figures |= {PART + name: scores.mean() for name, scores in rollout.parts.items()}
     return {name: float(value) for name, value in figures.items()} | {"kl_coef": kl_coef}
+
+
+def sampler_gap(samples: Samples, rollout: Rollout) -> float:
+    """Mean distance, in nats, of the log-probabilities that the sampler gave its tokens from those that are trained on.
+
+    No more than rounding, unless the sampler has other weights or another law.
+    """
+    return float(masked_mean((samples.logprobs - rollout.logprobs).abs(), rollout.mask))
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_core.config import PPOConfig
 from ppo_core.device import clock as read_clock
-from ppo_core.diagnostics import describe
+from ppo_core.diagnostics import describe, sampler_gap
 from ppo_core.experience import estimate, token_rewards
 from ppo_core.health import Health, refuse_non_finite
 from ppo_core.kl import AdaptiveKL, FixedKL, KLController
@@ -22,6 +22,9 @@ from ppo_core.sampling import sample
 from ppo_core.seeds import derive, generator
 from ppo_core.types import Experience, Rollout, Samples
 from ppo_core.update import Optimiser
+
+Answer = Callable[[list[list[int]], Sequence[int]], Samples]
+"""Prompts and the seeds of their answers to samples of the policy as it is now."""
 
 
 class Trainer:
@@ -38,15 +41,16 @@ class Trainer:
         law: SamplingLaw,
         pad: int,
         ptx: Sequence[Sequence[int]] = (),
+        answer: Answer | None = None,
     ) -> None:
         """`prompts` and `ptx` (texts for the language-modelling term) are token ids.
 
-        Every epoch over the prompts is in a new order.
+        Every epoch over the prompts is in a new order. `answer` samples in the place of the model's own sampler.
         """
         if config.loss.ptx_coef and not ptx:
             raise ValueError("ppo.loss.ptx_coef needs texts: pass ptx")
         self.model, self.reward, self.prompts, self.config = model, reward, prompts, config
-        self.seed, self.law, self.pad = seed, law, pad
+        self.seed, self.law, self.pad, self.answer = seed, law, pad, answer or self._answer
         self.optimiser = Optimiser(model, config, law, ptx=ptx, pad=pad)
         kl = config.reward
         self.kl: KLController = (
@@ -65,6 +69,7 @@ class Trainer:
         self.moments.update(rollout.scores)
         experience = self.estimate(rollout)
         stats = describe(experience, 0.0 if self.config.reward.kl_in == "none" else self.kl.coef)
+        stats["sampler_gap"] = sampler_gap(samples, rollout)
         self.health.check(stats, len(rollout), self._where())
         clock.append(read_clock())
         stats |= self.optimiser.update(experience, seed=self.seed, iteration=self.iteration, kl_coef=self.kl.coef)
@@ -78,9 +83,10 @@ class Trainer:
     def sample(self) -> Samples:
         """Phase 1: the policy answers."""
         seeds = [derive(self.seed, "sample", self.iteration, row) for row in range(self.config.rollout_size)]
-        return sample(
-            self.model.sampler, self.model.policy_head.fixed(), self.next_prompts(), self.law, seeds, self.pad
-        )
+        return self.answer(self.next_prompts(), seeds)
+
+    def _answer(self, prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
+        return sample(self.model.sampler, self.model.policy_head.fixed(), prompts, self.law, seeds, self.pad)
 
     def score(self, samples: Samples) -> Rollout:
         """The reward model scores, the reference compares, the value function predicts."""

@@ -25,7 +25,10 @@ CODE = (
     "ppo_core",
     "tasks/ppo.py",
     "tasks/statistics.py",
-    *(f"tasks/models/{n}.py" for n in ("own_function", "preference_models", "responses", "rewards", "training_texts")),
+    *(
+        f"tasks/models/{n}.py"
+        for n in ("own_function", "preference_models", "responses", "rewards", "training_texts", "vllm_sampler")
+    ),
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 

@@ -113,6 +113,8 @@ class PPOParams(PPOConfig):
     """The PPO stage: the algorithm, and when its cycles stop."""
 
     reward: RewardParams = RewardParams()
+    sampler: Literal["own", "vllm"] = "own"
+    """What answers the prompts of rollouts: the policy itself, or a vLLM server with its weights (docs/vllm.md)."""
     cycles: Count = 8
     """At most this many. Raising it continues a finished run."""
     target: TargetParams | None = TargetParams()

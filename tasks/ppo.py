@@ -26,6 +26,7 @@ from tasks.models.preference_models import load_base, load_tokenizer
 from tasks.models.responses import Examiner
 from tasks.models.rewards import described, load_trained, new_reward, only
 from tasks.models.training_texts import preferred_texts, training_prompts
+from tasks.models.vllm_sampler import VllmSampler
 from tasks.params import Params
 from tasks.run_folder import Record, RunFolder, Weights
 from tasks.seals import seal
@@ -180,12 +181,18 @@ class PPORun:
                 law=self.examiner.law,
                 pad=tokenizer.pad_token_id,
                 ptx=ptx,
+                answer=self._served(model, tokenizer.pad_token_id),
             )
             if self.records:
                 trainer.load_state(*self.folder.state(len(self.records)))
             self._trainer = trainer
             log.info("models loaded, dev prompts answered by the reference (%.0f s)", time.perf_counter() - started)
         return self._trainer
+
+    def _served(self, model: ActorCritic, pad: int) -> VllmSampler | None:
+        if self.params.ppo.sampler == "own":
+            return None
+        return VllmSampler(model, self.examiner.law, self.folder.path / "vllm", pad)
 
     def _write_policy(self, weights: Path) -> None:
         """Base model and trained weights as one transformers folder, in the dtype that sampled."""

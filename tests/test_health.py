@@ -17,13 +17,14 @@ from ppo_core.health import Health, refuse_non_finite, symptoms
 from ppo_core.trainer import Trainer
 from ppo_core.types import Experience, Samples
 
-WELL = {"score_std": 1.0, "empty": 0.0, "entropy": 2.0, "length": 5.0, "repetition": 0.1}
+WELL = {"score_std": 1.0, "empty": 0.0, "entropy": 2.0, "length": 5.0, "repetition": 0.1, "sampler_gap": 0.01}
 SICK = {
     "constant reward": ({"score_std": 0.0}, "reward model"),
     "empty responses": ({"empty": 5.0}, "ppo.sampling.min_new_tokens"),
     "collapsed policy": ({"entropy": 0.01}, "ppo.loss.entropy_coef"),
     "collapsed length": ({"length": 1.2}, "ppo.sampling.min_new_tokens"),
     "repetition": ({"repetition": 0.6}, "ppo.reward.kl_coef"),
+    "sampler apart": ({"sampler_gap": 0.3}, "ppo.health.max_sampler_gap"),
 }
 
 
@@ -173,10 +174,10 @@ def test_each_sign_warns_then_ends_training_and_names_what_to_change(name: str, 
 
 
 def test_limits_are_those_of_the_configuration_and_what_reaches_them_is_well():
-    strict = HealthConfig(min_score_std=0.5, min_entropy=1.5, min_length=3.0, max_repetition=0.25)
-    edge = {"score_std": 0.5, "empty": 4.0, "entropy": 1.5, "length": 3.0, "repetition": 0.25}
+    strict = HealthConfig(min_score_std=0.5, min_entropy=1.5, min_length=3.0, max_repetition=0.25, max_sampler_gap=0.5)
+    edge = {"score_std": 0.5, "empty": 4.0, "entropy": 1.5, "length": 3.0, "repetition": 0.25, "sampler_gap": 0.5}
     assert symptoms(edge, 8, strict) == {}
-    beyond = {"score_std": 0.49, "empty": 5.0, "entropy": 1.49, "length": 2.9, "repetition": 0.26}
+    beyond = {"score_std": 0.49, "empty": 5.0, "entropy": 1.49, "length": 2.9, "repetition": 0.26, "sampler_gap": 0.51}
     assert symptoms(beyond, 8, strict).keys() == SICK.keys()
 
 
