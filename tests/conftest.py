@@ -21,7 +21,7 @@ environment.prepare()
 import pytest  # noqa: E402
 
 # Helpers with fixtures that test modules import before pytest does.
-pytest.register_assert_rewrite("ingested", "registered", "runs", "scratch", "stores")
+pytest.register_assert_rewrite("ingested", "registered", "runs", "scratch", "stores", "vllm_like")
 
 import tiny  # noqa: E402
 

@@ -34,7 +34,7 @@ START = (
 """How the server is started: the first lets it take weights, the last has it tell probabilities at the temperature."""
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
 
-Answer = tuple[list[int], list[float]]
+_Tokens = tuple[list[int], list[float]]
 """Tokens and their log-probabilities."""
 
 
@@ -72,7 +72,7 @@ class VllmSampler:
         self._ask("POST", "collective_rpc", weights)
         self._ask("POST", "reset_prefix_cache")  # what it remembers of prompts is the old weights'
 
-    def _answer(self, prompt: list[int], seed: int) -> Answer:
+    def _answer(self, prompt: list[int], seed: int) -> _Tokens:
         config = self.law.config
         request = {
             "model": self.served, "prompt": prompt, "seed": seed, "temperature": config.temperature,
@@ -86,7 +86,7 @@ class VllmSampler:
         length = next((n for n in range(1, len(tokens)) if self.law.ends(tokens[:n])), len(tokens))
         return tokens[:length], logprobs[:length]
 
-    def _samples(self, prompts: list[list[int]], answers: list[Answer]) -> Samples:
+    def _samples(self, prompts: list[list[int]], answers: list[_Tokens]) -> Samples:
         steps, device = self.law.config.max_new_tokens, self.model.device
         tokens, attention = pad_prompts(prompts, self.pad, device)
         responses = torch.full((len(answers), steps), self.pad)
