@@ -33,7 +33,8 @@ def main() -> None:
         ways = {"own": trainer.answer, "vllm": VllmSampler(trainer.model, trainer.law, Path(folder), trainer.pad)}
         for answer in ways.values():
             _step(trainer, answer)
-        pairs = [{name: _step(trainer, answer) for name, answer in ways.items()} for _ in range(args.pairs)]
+        order = [*ways.items()]
+        pairs = [{name: _step(trainer, answer) for name, answer in order[:: (-1) ** i]} for i in range(args.pairs)]
     print(
         json.dumps(
             {
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def _step(trainer: Trainer, answer: Answer) -> tuple[float, float]:
-    """Tokens a second of an iteration's rollout, weights handed over included, and its gap; the policy moves on."""
+    """Tokens a second of an iteration's rollout, weights handed over included, and its gap."""
     trainer.answer = answer
     stats = trainer.step()
     return stats["tokens"] / stats["sample_s"], stats["sampler_gap"]

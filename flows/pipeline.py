@@ -91,6 +91,10 @@ def _run_stages(workspace: Workspace, force: bool) -> None:
     with workspace_lock(workspace):
         check_answers(workspace)  # told now, not after the reward model was trained
         began, params = source_digests(workspace), load_params(workspace.params)
+        if params.ppo.sampler == "vllm":
+            from tasks.models.vllm_sampler import VllmServer  # imports torch
+
+            VllmServer(params.ppo.sampling)  # likewise
         for stage in STAGES:
             stage_task = run_stage_task.with_options(name=stage, task_run_name=stage)
             stage_task(stage, params, workspace, force, began)

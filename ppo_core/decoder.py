@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ppo_core import packed
 from ppo_core.device import device
 from ppo_core.errors import ConfigError, IntegrityError
-from ppo_core.linear import Map, fixed_linear
+from ppo_core.linear import LinearMap, fixed_linear
 from ppo_core.packed import obstacle_to_packing
 
 
@@ -96,7 +96,7 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self._shaped(self.linear(hidden))
 
-    def fixed(self) -> Map:
+    def fixed(self) -> LinearMap:
         """The same for decoding, with the weights as they are now."""
         product = fixed_linear(self.linear.weight, self.linear.bias)
         return lambda hidden: self._shaped(product(hidden))

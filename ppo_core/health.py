@@ -29,10 +29,10 @@ def symptoms(stats: Mapping[str, float], rollout_size: int, config: HealthConfig
         found["collapsed length"] = "it hardly answers: raise ppo.reward.kl_coef or set ppo.sampling.min_new_tokens"
     if stats["repetition"] > config.max_repetition:
         found["repetition"] = "it says the same again and again: raise ppo.reward.kl_coef, or check the reward model"
-    if stats["sampler_gap"] > config.max_sampler_gap:
+    if not stats["sampler_gap"] <= config.max_sampler_gap:
         found["sampler apart"] = (
-            "tokens were sampled with other probabilities than the policy's: start the server that samples as "
-            "docs/vllm.md says, or raise ppo.health.max_sampler_gap"
+            "tokens were sampled with other probabilities than the policy's: check what samples (a vLLM server? "
+            "docs/vllm.md), or raise ppo.health.max_sampler_gap"
         )
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from ppo_core.graphs import Graph
-from ppo_core.linear import Map, fixed_linear
+from ppo_core.linear import LinearMap, fixed_linear
 from ppo_core.packed import Layout, Rotation, normalised, rotated, rotation_at
 
 BLOCK, GPU_BLOCK = 32, 128
@@ -139,7 +139,7 @@ class _Packed:
         return x + self.down(silu(gate).mul_(up))
 
 
-def _joined(*projections: Any) -> Map:
+def _joined(*projections: Any) -> LinearMap:
     """What several projections make of one input, side by side."""
     weights = [projection.weight for projection in projections]
     return fixed_linear(torch.cat(weights) if len(weights) > 1 else weights[0])

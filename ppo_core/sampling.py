@@ -88,7 +88,7 @@ def sample(
     seeds: Sequence[int],
     pad: int,
 ) -> Samples:
-    """One response to each prompt.
+    """One response to each prompt. `lm_head` is fastest as `LMHead.fixed` makes it.
 
     Row b draws its uniforms from a generator of its own, seeded by `seeds[b]`, and turns them into tokens through the
     inverse of the distribution function: its sample does not depend on its neighbours, and two models given the same

@@ -41,16 +41,17 @@ class Trainer:
         law: SamplingLaw,
         pad: int,
         ptx: Sequence[Sequence[int]] = (),
-        answer: Answer | None = None,
     ) -> None:
         """`prompts` and `ptx` (texts for the language-modelling term) are token ids.
 
-        Every epoch over the prompts is in a new order. `answer` samples in the place of the model's own sampler.
+        Every epoch over the prompts is in a new order.
         """
         if config.loss.ptx_coef and not ptx:
             raise ValueError("ppo.loss.ptx_coef needs texts: pass ptx")
         self.model, self.reward, self.prompts, self.config = model, reward, prompts, config
-        self.seed, self.law, self.pad, self.answer = seed, law, pad, answer or self._answer
+        self.seed, self.law, self.pad = seed, law, pad
+        self.answer: Answer = self._answer
+        """What samples: the model itself, unless something else is put here."""
         self.optimiser = Optimiser(model, config, law, ptx=ptx, pad=pad)
         kl = config.reward
         self.kl: KLController = (

@@ -26,7 +26,7 @@ class Locked(ProximalError):
 
 
 class ServiceError(ProximalError):
-    """A service (package index, hub, MLflow, Prefect) does not answer."""
+    """A service (package index, hub, MLflow, Prefect, vLLM) does not answer."""
 
     exit_code = 9
 

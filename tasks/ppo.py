@@ -170,6 +170,7 @@ class PPORun:
             model = ActorCritic(base, params.ppo.model, only(trained), seed=params.seed)
             reward = new_reward(params, workspace, tokenizer, model, trained)
             self.examiner = Examiner(params, workspace, reward, tokenizer)
+            vllm = self._vllm_sampler(model, tokenizer.pad_token_id)
             # Asked before any state is loaded, the policy is the reference.
             self.before = self.examiner.ask(model, "dev")
             trainer = Trainer(
@@ -181,15 +182,15 @@ class PPORun:
                 law=self.examiner.law,
                 pad=tokenizer.pad_token_id,
                 ptx=ptx,
-                answer=self._served(model, tokenizer.pad_token_id),
             )
+            trainer.answer = vllm or trainer.answer
             if self.records:
                 trainer.load_state(*self.folder.state(len(self.records)))
             self._trainer = trainer
             log.info("models loaded, dev prompts answered by the reference (%.0f s)", time.perf_counter() - started)
         return self._trainer
 
-    def _served(self, model: ActorCritic, pad: int) -> VllmSampler | None:
+    def _vllm_sampler(self, model: ActorCritic, pad: int) -> VllmSampler | None:
         if self.params.ppo.sampler == "own":
             return None
         return VllmSampler(model, self.examiner.law, self.folder.path / "vllm", pad)

@@ -210,6 +210,17 @@ def test_only_services_are_asked_again(
     assert slots(client) == 0
 
 
+def test_a_server_that_is_to_sample_is_asked_before_the_first_stage(
+    stages: Stages, place: Workspace, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny.tiny_params()
+    place.params.write_text(yaml.safe_dump(raw | {"ppo": raw["ppo"] | {"sampler": "vllm"}}), encoding="utf-8")
+    monkeypatch.setenv("PROXIMAL_VLLM_URL", "http://127.0.0.1:9")
+    with pytest.raises(ServiceError, match=r"127\.0\.0\.1:9/v1/models — the vLLM server does not answer"):
+        pipeline.align(None, str(place.root))
+    assert stages.ran == []
+
+
 def test_a_full_disk_in_training_is_told_for_people(
     stages: Stages, place: Workspace, client: SyncPrefectClient
 ) -> None:

@@ -19,12 +19,13 @@ from ppo_core.trainer import Trainer
 from ppo_core.types import Samples
 from tasks import ppo
 from tasks.errors import ConfigError, ServiceError
-from tasks.models.vllm_sampler import DEFAULT, URL, VllmSampler
+from tasks.models.vllm_sampler import START, URL, VllmSampler
 from tasks.params import load_params
 from tasks.run_folder import RunFolder
 from tasks.workspace import Workspace
 
 pytest_plugins = ["trainings"]
+DOCUMENT = Path(__file__).parents[1] / "docs" / "vllm.md"
 
 
 @pytest.fixture
@@ -50,13 +51,13 @@ def test_each_rollout_is_of_the_policy_as_it_is_then(
     figures = [t.step() for _ in range(3)]
     assert max(f["sampler_gap"] for f in figures) < 1e-4
     assert figures[2]["kl"] > 0.01  # the policy has moved, so old weights would be seen
-    each = ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * 8]
+    each = ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", *["/v1/completions"] * 8]
     assert vllm.asked == ["/v1/models", *each * 3]
 
 
 def test_a_server_that_keeps_its_old_weights_is_found_out(policy_folder: Path, tmp_path: Path, vllm: VllmLike):
     t = served(policy_folder, tmp_path, learning_rate=0.02)
-    vllm._load = lambda folder: None  # type: ignore[method-assign]
+    vllm.keeps_old_weights = True
     assert t.step()["sampler_gap"] < 1e-4
     assert t.step()["sampler_gap"] > 0.2  # warned
     with pytest.raises(TrainingHealthError, match="sampler apart, 2 iterations in a row"):
@@ -94,21 +95,28 @@ def _checked(samples: Samples, row: int, law: SamplingLaw) -> str:
     assert length >= 2
     assert not any(token in law.stop_tokens for token in tokens[:-1])
     assert not any("7-7" in _last_digits(tokens[:n]) for n in range(2, length))
-    text = length - (tokens[-1] in law.stop_tokens)
-    assert int(samples.text_lengths[row]) == text
-    how = "stop token" if text < length else "stop string" if "7-7" in _last_digits(tokens) else "cut"
+    stopped = tokens[-1] in law.stop_tokens
+    assert int(samples.text_lengths[row]) == length - stopped
+    how = "stop token" if stopped else "stop string" if "7-7" in _last_digits(tokens) else "cut"
     assert bool(samples.ended[row]) == (how != "cut")
     assert how != "cut" or length == 12
     return how
 
 
-def test_the_stage_trains_with_it(training: Workspace, vllm: VllmLike):
+def test_the_stage_trains_with_it_and_goes_on_where_it_was_lost(training: Workspace, vllm: VllmLike):
     params = load_params(training.params, ["ppo.sampler=vllm"])
+    with ppo.open_run(params, training) as run:
+        run.next_cycle()
+        vllm.takes_weights = False
+        with pytest.raises(ServiceError):
+            run.next_cycle()
+    vllm.takes_weights = True
     metrics = ppo.run(params, training).metrics
-    records = RunFolder(training.runs / metrics["fingerprint"]).finished()
-    assert [r["cycle"] for r in records] == [1, 2]
-    assert all(r["train/sampler_gap"] < 1e-4 for r in records)
-    assert vllm.asked.count("/collective_rpc") == 4  # two iterations a cycle
+    folder = RunFolder(training.runs / metrics["fingerprint"])
+    assert [r["cycle"] for r in folder.finished()] == [1, 2]
+    assert all(r["train/sampler_gap"] < 1e-4 for r in folder.finished())
+    assert vllm.asked.count("/collective_rpc") == 5  # two iterations a cycle, and the one that was refused
+    assert not list(folder.path.glob("vllm*"))
 
 
 @pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_p": 0.9}])
@@ -135,17 +143,30 @@ def test_a_server_that_takes_no_weights(policy_folder: Path, tmp_path: Path, vll
         served(policy_folder, tmp_path).step()
 
 
-def test_the_address_by_default(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(URL, raising=False)
-    asked = []
-    monkeypatch.setattr(VllmSampler, "_ask", lambda self, method, path: asked.append(f"{self.url}/{path}") or _Models())
-    served(policy_folder, tmp_path)
-    assert asked == [f"{DEFAULT}/v1/models"]
+def test_a_server_that_does_not_forget_old_weights(policy_folder: Path, tmp_path: Path, vllm: VllmLike):
+    vllm.forgets = False
+    with pytest.raises(ServiceError, match=r"reset_prefix_cache.*does not forget"):
+        served(policy_folder, tmp_path).step()
 
 
-class _Models:
-    def json(self) -> Any:
-        return {"data": [{"id": "models/base"}]}
+def test_a_server_of_another_kind(policy_folder: Path, tmp_path: Path, vllm: VllmLike):
+    vllm.is_another = True
+    with pytest.raises(ServiceError, match=r"v1/models.*answers as vLLM 0\.32 does not"):
+        served(policy_folder, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"finish_reason": "abort"}, {"token_ids": []}, {"token_ids": [5] * 99}, {"token_ids": None}, {"logprobs": None},
+])  # fmt: skip
+def test_an_answer_that_is_none(policy_folder: Path, tmp_path: Path, vllm: VllmLike, wrong: dict[str, Any]):
+    complete = vllm._complete
+    vllm._complete = lambda **request: complete(**request) | wrong  # type: ignore[method-assign]
+    with pytest.raises(ServiceError, match=r"v1/completions.*answers as vLLM 0\.32 does not"):
+        served(policy_folder, tmp_path).step()
+
+
+def test_how_to_start_one_is_said_once_more_in_the_documentation():
+    assert " ".join(START.split()) in " ".join(DOCUMENT.read_text(encoding="utf-8").replace("\\\n", " ").split())
 
 
 def test_the_own_sampler_is_as_near(policy_folder: Path):

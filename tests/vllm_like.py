@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM
 class VllmLike:
     """What the server does, and what it was asked, in order."""
 
-    def __init__(self, folder: Path, takes_weights: bool = True) -> None:
-        self.takes_weights = takes_weights
+    def __init__(self, folder: Path) -> None:
+        self.takes_weights = self.forgets = True
+        self.keeps_old_weights = self.is_another = False
+        """What else may be wrong with it."""
         self.asked: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.url = ""
@@ -36,14 +38,16 @@ class VllmLike:
         with self._one_at_a_time:
             self.asked.append(path)
             if path == "/v1/models":
-                return 200, {"data": [{"id": "models/base"}]}
+                return 200, {"data": [] if self.is_another else [{"id": "models/base"}]}
             if path == "/v1/completions":
                 self.requests.append(body)
                 return 200, {"choices": [self._complete(**body)]}
             if not self.takes_weights:
                 return 404, {"detail": "Not Found"}
-            if path == "/collective_rpc":
-                assert body["method"] == "reload_weights"
+            if path == "/reset_prefix_cache?reset_running_requests=true":
+                return 200, {"success": self.forgets}
+            assert (path, body["method"]) == ("/collective_rpc", "reload_weights")
+            if not self.keeps_old_weights:
                 self._load(Path(body["kwargs"]["weights_path"]))
             return 200, {"results": [None]}
 
@@ -61,7 +65,8 @@ class VllmLike:
             law = logits.log_softmax(dim=-1)
             tokens.append(int(torch.multinomial(law.exp(), 1, generator=draw)))
             logprobs.append(float(law[tokens[-1]]))
-        return {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
+        reason = "stop" if tokens[-1] in stop_token_ids else "length"
+        return {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}
 
 
 @contextmanager
@@ -86,8 +91,11 @@ def serving(server: VllmLike) -> Iterator[VllmLike]:
         def log_message(self, format: str, *args: Any) -> None:
             """Not to the terminal."""
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # of http.server's 5, more than a few at once are turned away
+
+    listening = Server(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{listening.server_port}"
     thread = threading.Thread(target=listening.serve_forever)
     thread.start()

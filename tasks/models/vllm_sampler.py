@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import requests
 import torch
 
 from ppo_core.checkpoint import needs_room, size_of
+from ppo_core.config import SamplingConfig
 from ppo_core.law import SamplingLaw
 from ppo_core.models import ActorCritic
 from ppo_core.types import Samples, Sequences, pad_prompts
@@ -25,68 +27,122 @@ from ppo_core.weights import install
 from tasks.addresses import public_uri
 from tasks.errors import ConfigError, ServiceError
 
-URL = "PROXIMAL_VLLM_URL"
-DEFAULT = "http://127.0.0.1:8000"
+URL, DEFAULT = "PROXIMAL_VLLM_URL", "http://127.0.0.1:8000"
 START = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve models/base --host 127.0.0.1 --generation-config vllm "
-    "--logprobs-mode processed_logprobs"
+    "VLLM_SERVER_DEV_MODE=1 vllm serve models/base --host 127.0.0.1 "
+    "--generation-config vllm --logprobs-mode processed_logprobs"
 )
-"""How the server is started: the first lets it take weights, the last has it tell probabilities at the temperature."""
+"""The first lets the server take weights, the last has it tell probabilities at the temperature that samples."""
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
+AT_ONCE = 256
+"""Requests: the server batches them as it likes."""
 
-_Tokens = tuple[list[int], list[float]]
+Answer = tuple[list[int], list[float]]
 """Tokens and their log-probabilities."""
 
 
-class VllmSampler:
-    """Answers prompts as `ppo_core.sampling.sample` does, on the server that PROXIMAL_VLLM_URL names.
+class VllmServer:
+    """The server that PROXIMAL_VLLM_URL names. Every method raises ServiceError where it is away or refuses."""
 
-    The server must see `folder`, through which the weights go.
-    """
-
-    def __init__(self, model: ActorCritic, law: SamplingLaw, folder: Path, pad: int) -> None:
-        """Raises ServiceError where no server answers, and ConfigError for a law that it does not tell enough of."""
-        if law.truncates:
+    def __init__(self, config: SamplingConfig) -> None:
+        """Raises ConfigError for what it could not sample, or tells too little of."""
+        if config.top_k is not None or config.top_p is not None:
             raise ConfigError(
                 "a vLLM server does not tell among which tokens it drew, which every log-probability is relative to",
                 "ppo.sampling.top_k and top_p",
                 "leave both empty, or ppo.sampler at own",
             )
-        self.model, self.law, self.folder, self.pad = model, law, folder, pad
+        self.config = config
         self.url = os.environ.get(URL, DEFAULT).rstrip("/")
-        self.served: str = self._ask("GET", "v1/models").json()["data"][0]["id"]
+        with self._understood("v1/models"):
+            self.model: str = self._ask("GET", "v1/models")["data"][0]["id"]
 
-    def __call__(self, prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
-        """One response to each prompt, by the policy as it is now. Raises ServiceError where the server has gone."""
-        self._hand_over()
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return self._samples(prompts, list(pool.map(self._answer, prompts, seeds)))
-
-    def _hand_over(self) -> None:
-        policy = copy.deepcopy(self.model.reference_model)
-        install(policy, self.model.trained_weights())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with needs_room(self.folder, size_of(policy.state_dict())), _without_bars():
-            policy.save_pretrained(self.folder)
-        weights = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.resolve())}}
+    def load(self, folder: Path) -> None:
+        """Answer with the weights in this folder, which the server must see under the same path."""
+        weights = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
         self._ask("POST", "collective_rpc", weights)
-        self._ask("POST", "reset_prefix_cache")  # what it remembers of prompts is the old weights'
+        path = "reset_prefix_cache?reset_running_requests=true"  # what it remembers of prompts is the old weights'
+        with self._understood(path):
+            if not self._ask("POST", path)["success"]:
+                raise self._error("does not forget what its old weights made of prompts", path, _OWN)
 
-    def _answer(self, prompt: list[int], seed: int) -> _Tokens:
-        config = self.law.config
+    def complete(self, prompt: list[int], seed: int, stop_tokens: Sequence[int]) -> Answer:
+        """Sample until one of `stop_tokens`, which stays, or the cut."""
+        config = self.config
         request = {
-            "model": self.served, "prompt": prompt, "seed": seed, "temperature": config.temperature,
+            "model": self.model, "prompt": prompt, "seed": seed, "temperature": config.temperature,
             "max_tokens": config.max_new_tokens, "min_tokens": config.min_new_tokens,
             # Its own idea of what ends a response may be another: here all that do are named.
-            "ignore_eos": True, "stop_token_ids": list(self.law.stop_tokens),
+            "ignore_eos": True, "stop_token_ids": list(stop_tokens),
             "return_token_ids": True, "logprobs": 0,
         }  # fmt: skip
-        choice = self._ask("POST", "v1/completions", request).json()["choices"][0]
-        tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        with self._understood("v1/completions"):
+            choice = self._ask("POST", "v1/completions", request)["choices"][0]
+            tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if choice["finish_reason"] not in ("stop", "length") or not 0 < len(tokens) == len(logprobs):
+                raise ValueError(f"{len(tokens)} tokens, ended by {choice['finish_reason']}")
+            return tokens, logprobs
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
+        try:
+            response = requests.request(method, f"{self.url}/{path}", json=body, timeout=timeout)
+        except requests.RequestException as error:
+            raise self._error(f"does not answer ({type(error).__name__})", path, _OWN) from error
+        if not response.ok:
+            mend = _OWN if response.status_code == requests.codes.not_found else "see its log"
+            raise self._error(f"refused ({response.status_code}): {response.text[:300]}", path, mend)
+        return response.json() if response.content else None
+
+    @contextmanager
+    def _understood(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._error(f"answers as vLLM 0.32 does not ({error!r:.200})", path, _OWN) from error
+
+    def _error(self, what: str, path: str, mend: str) -> ServiceError:
+        return ServiceError(f"the vLLM server {what}", f"{public_uri(self.url)}/{path}", mend)
+
+
+class VllmSampler:
+    """Answers prompts as `ppo_core.sampling.sample` does, by the server."""
+
+    def __init__(self, model: ActorCritic, law: SamplingLaw, folder: Path, pad: int) -> None:
+        """`folder` is where weights are handed over. Raises what `VllmServer` does."""
+        self.model, self.law, self.folder, self.pad = model, law, folder, pad
+        # Only to be written, not to compute.
+        self.base = copy.deepcopy(model.reference_model).cpu()
+        self.server = VllmServer(law.config)
+
+    def __call__(self, prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
+        """One response to each prompt, by the policy as it is now."""
+        self._hand_over()
+
+        def complete(prompt: list[int], seed: int) -> Answer:
+            return self.server.complete(prompt, seed, self.law.stop_tokens)
+
+        with ThreadPoolExecutor(min(len(prompts), AT_ONCE)) as pool:
+            answers = list(pool.map(complete, prompts, seeds))
+        return self._samples(prompts, [self._ended(*answer) for answer in answers])
+
+    def _hand_over(self) -> None:
+        policy = copy.deepcopy(self.base)
+        install(policy, self.model.trained_weights())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with needs_room(self.folder, size_of(policy.state_dict())), _without_bars():
+                policy.save_pretrained(self.folder)
+            self.server.load(self.folder)
+        finally:
+            shutil.rmtree(self.folder)
+
+    def _ended(self, tokens: list[int], logprobs: list[float]) -> Answer:
+        """The answer up to its first stop string, which the server was not told of: where one ends, the law says."""
         length = next((n for n in range(1, len(tokens)) if self.law.ends(tokens[:n])), len(tokens))
         return tokens[:length], logprobs[:length]
 
-    def _samples(self, prompts: list[list[int]], answers: list[_Tokens]) -> Samples:
+    def _samples(self, prompts: list[list[int]], answers: list[Answer]) -> Samples:
         steps, device = self.law.config.max_new_tokens, self.model.device
         tokens, attention = pad_prompts(prompts, self.pad, device)
         responses = torch.full((len(answers), steps), self.pad)
@@ -102,18 +158,6 @@ class VllmSampler:
         )
         return Samples(sequences, logprobs.to(device), ended.to(device), (lengths - stopped.long()).to(device))
 
-    def _ask(self, method: str, path: str, body: Any = None) -> requests.Response:
-        where, mend = f"{public_uri(self.url)}/{path}", f"start it with {START}, or name its address in {URL}"
-        try:
-            response = requests.request(
-                method, f"{self.url}/{path}", json=body, timeout=(CONNECT_SECONDS, ANSWER_SECONDS)
-            )
-        except requests.RequestException as error:
-            raise ServiceError(f"the vLLM server does not answer ({type(error).__name__})", where, mend) from error
-        if not response.ok:
-            raise ServiceError(f"the vLLM server refused ({response.status_code}): {response.text[:300]}", where, mend)
-        return response
-
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
@@ -127,3 +171,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+_OWN = f"start one for this run alone: {START}; or name its address in {URL}"
