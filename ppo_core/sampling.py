@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as fill
 
-from ppo_core.decoder import Stack, takes_positions
+from ppo_core.decoder import LMHead, Stack, takes_positions
 from ppo_core.law import SamplingLaw, kept_set, stack_sets
 from ppo_core.llama import LlamaDecoding
 from ppo_core.packed import obstacle_to_packing
@@ -82,13 +82,13 @@ class Decoding:
 @torch.no_grad()
 def sample(
     sampler: Sampler,
-    lm_head: Callable[[Tensor], Tensor],
+    lm_head: LMHead | Callable[[Tensor], Tensor],
     prompts: list[list[int]],
     law: SamplingLaw,
     seeds: Sequence[int],
     pad: int,
 ) -> Samples:
-    """One response to each prompt. `lm_head` is fastest as `LMHead.fixed` makes it.
+    """One response to each prompt.
 
     Row b draws its uniforms from a generator of its own, seeded by `seeds[b]`, and turns them into tokens through the
     inverse of the distribution function: its sample does not depend on its neighbours, and two models given the same
@@ -100,12 +100,14 @@ def sample(
     # Drawn on the CPU whatever the device, so that the same seeds give the same numbers everywhere.
     uniforms = torch.stack(draws).to(device)
     record = _Record(len(prompts), law, pad, device)
+    # Its weights, like the layers', are laid out once for all tokens.
+    head = lm_head.fixed() if isinstance(lm_head, LMHead) else lm_head
     decoding, rows, left = sampler.start(), torch.arange(len(prompts), device=device), len(prompts)
     ids, positions = tokens, (attention.cumsum(dim=1) - 1).clamp(min=0)
     for t in range(law.config.max_new_tokens):
         *trunk, hidden = decoding.step(ids, torch.cat([attention, record.mask[:, :t]], dim=1)[rows], positions)
         record.take_activations(trunk, rows)
-        logits = law.at_step(lm_head(hidden[:, -1]).float(), t)
+        logits = law.at_step(head(hidden[:, -1]).float(), t)
         drawn, logprobs = inverse_cdf(logits, law.temperature, uniforms[rows, t])
         alive = record.running[rows]
         record.take(t, rows, drawn, logprobs, logits)

@@ -87,7 +87,7 @@ class Trainer:
         return self.answer(self.next_prompts(), seeds)
 
     def _answer(self, prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
-        return sample(self.model.sampler, self.model.policy_head.fixed(), prompts, self.law, seeds, self.pad)
+        return sample(self.model.sampler, self.model.policy_head, prompts, self.law, seeds, self.pad)
 
     def score(self, samples: Samples) -> Rollout:
         """The reward model scores, the reference compares, the value function predicts."""

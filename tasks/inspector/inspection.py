@@ -194,7 +194,7 @@ class Inspector:
         names = [(prompt.text, k) for prompt in self.prompts for k in range(completions)]
         seeds = [derive(self.params.seed, "inspect", *name) for name in names]
         model, pad = self.model, self.tokenizer.pad_token_id
-        samples = sample(model.sampler, model.policy_head.fixed(), asked, self.law, seeds, pad)
+        samples = sample(model.sampler, model.policy_head, asked, self.law, seeds, pad)
         rollout = score_all(model, self.reward, samples, self.law, self.params.ppo.update.micro_batch)
         refuse_non_finite(rollout, "inspection")
         found = self._completions(samples, rollout)

@@ -93,9 +93,7 @@ class Examiner:
         return derive(self.params.seed, "examine", name, row, *([repeat] if repeat else []))
 
     def _answer(self, model: ActorCritic, prompts: list[list[int]], seeds: list[int]) -> dict[str, np.ndarray]:
-        samples = sample(
-            model.sampler, model.policy_head.fixed(), prompts, self.law, seeds, self.tokenizer.pad_token_id
-        )
+        samples = sample(model.sampler, model.policy_head, prompts, self.law, seeds, self.tokenizer.pad_token_id)
         rollout = score_all(model, self.reward, samples, self.law, self.params.ppo.update.micro_batch)
         answers = zip(samples.sequences.responses.tolist(), samples.text_lengths.tolist(), strict=True)
         texts = [decode(self.tokenizer, ids[:length]) for ids, length in answers]

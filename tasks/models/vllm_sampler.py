@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,7 @@ class VllmSampler:
     def __call__(self, prompts: list[list[int]], seeds: Sequence[int]) -> Samples:
         """One response to each prompt, by the policy as it is now."""
         self._hand_over()
-
-        def complete(prompt: list[int], seed: int) -> Answer:
-            return self.server.complete(prompt, seed, self.law.stop_tokens)
-
+        complete = partial(self.server.complete, stop_tokens=self.law.stop_tokens)
         with ThreadPoolExecutor(min(len(prompts), AT_ONCE)) as pool:
             answers = list(pool.map(complete, prompts, seeds))
         return self._samples(prompts, [self._ended(*answer) for answer in answers])
